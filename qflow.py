@@ -1,0 +1,423 @@
+"""Q-Flow: offline RL with a flow policy that follows the gradient of a value inside the flow.
+
+A flow policy turns noise x_0 ~ N(0, I) into an action x_1 by following a velocity field v(s, x, t)
+from t = 0 to t = 1. To imitate a dataset is a regression, called flow matching. To improve on the
+dataset usually means to differentiate Q through every step of the solver: costly and unstable.
+
+Q-Flow does without. The flow is deterministic, so a half-finished action x_t is worth exactly what
+the action is worth that it will become. A value V(s, x_t, t) learns this, and its gradient at x_t
+tells the velocity field where to bend. Three networks, three regressions, in this file's letters:
+
+    critic    Q(s, a)       ->  r + discount * mask * Q'(s', a'),  a' from the policy, Q' the target
+    value     V(s, x_t, t)  ->  Q'(s, x_1),  x_1 reached by the policy's flow from x_t
+    velocity  v(s, x_t, t)  ->  (x_1 - x_0) + 1 / lam * grad_x V(s, x_t, t),  x_1 from the dataset
+
+Doo, Jeon, Ye, Lee, Seo: Q-Flow, ICML 2026, https://arxiv.org/abs/2605.13435
+
+    python qflow.py                                    # pointmaze on data collected on the spot
+    python qflow.py --env antmaze-giant-navigate-v0    # with the paper's settings
+"""
+
+import copy
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import common
+
+
+@dataclass
+class Args:
+    env: str = "pointmaze-medium-navigate-v0"
+    """OGBench dataset: NAME-v0, NAME-singletask-v0 or NAME-singletask-taskN-v0"""
+    task: int = 0
+    """task of the environment, 1 to 5; 0 is OGBench's default task"""
+    dataset: Path | None = None
+    """file in OGBench's layout; None: the official one (pointmaze-*-navigate: collected here)"""
+    seed: int = 0
+    """seeds networks, batches, noise and evaluation"""
+    device: str = "auto"
+    """auto (CUDA if there is one), cpu, cuda or cuda:N"""
+    offline_steps: int = 1_000_000
+    """number of updates"""
+    batch_size: int = 256
+    """transitions (or chunks) per update"""
+    lr: float = 3e-4
+    """learning rate of Adam"""
+    discount: float = 0.99
+    """discount per environment step"""
+    tau: float = 0.005
+    """Polyak rate of the target critic"""
+    hidden: tuple[int, ...] = (512, 512, 512, 512)
+    """widths of the hidden layers of every network"""
+    flow_steps: int = 10
+    """K, Euler steps from noise to action"""
+    q_agg: Literal["mean", "min"] = "mean"
+    """how two critics become one value"""
+    horizon: int = 1
+    """h, actions per decision, executed open loop (1: no chunks)"""
+    lam: float = 1.0
+    """lambda, the pull of the data: the velocity is bent by grad V / lambda"""
+    time_dim: int = 64
+    """size of the value's embedding of flow time"""
+    eval_interval: int = 100_000
+    """updates between evaluations (there is always one at the end)"""
+    eval_episodes: int = 50
+    """episodes per evaluation"""
+    log_interval: int = 500
+    """updates between rows of train.csv"""
+    run_dir: Path = Path("runs")
+    """the run's folder is made in here"""
+    compile: bool = False
+    """compile the losses (needs a C++ compiler; about a minute at the start)"""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """torch.set_float32_matmul_precision; high is TF32 on CUDA"""
+
+
+# Defaults per environment: the paper's, and for pointmaze our own, small enough for a laptop.
+SETTINGS = {
+    "pointmaze": dict(
+        offline_steps=20_000, eval_interval=2_000, lr=1e-3, tau=0.01, hidden=(64,) * 4, horizon=5
+    ),
+    "antmaze-large-navigate": dict(lam=0.2, time_dim=64, q_agg="mean", discount=0.99),
+    "antmaze-giant-navigate": dict(lam=0.2, time_dim=64, q_agg="min", discount=0.995),
+    "antsoccer-arena-navigate": dict(lam=0.5, time_dim=64, q_agg="mean", discount=0.995),
+    "humanoidmaze-medium-navigate": dict(lam=1.0, time_dim=64, q_agg="mean", discount=0.995),
+    "humanoidmaze-large-navigate": dict(lam=1.0, time_dim=64, q_agg="mean", discount=0.995),
+    "cube-single-play": dict(lam=5.0, time_dim=64, q_agg="mean", discount=0.99),
+    "cube-double-play": dict(lam=2.0, time_dim=16, q_agg="mean", discount=0.99),
+    "scene-play": dict(lam=5.0, time_dim=64, q_agg="mean", discount=0.99),
+    "puzzle-3x3-play": dict(lam=20.0, time_dim=64, q_agg="min", discount=0.99),
+    "puzzle-4x4-play": dict(lam=20.0, time_dim=64, q_agg="min", discount=0.99),
+}
+
+
+# ------------------------------------------------------------------------------------- networks
+
+
+class Linear(nn.Module):
+    """`ensemble` linear layers side by side: (B, in) or (ensemble, B, in) -> (ensemble, B, out)."""
+
+    def __init__(self, in_dim, out_dim, ensemble):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(ensemble, in_dim, out_dim))
+        self.bias = nn.Parameter(torch.zeros(ensemble, 1, out_dim))
+        for weight in self.weight:  # one by one: the fans of the stacked tensor would be wrong
+            nn.init.xavier_uniform_(weight)
+
+    def forward(self, x):
+        return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
+
+
+class LayerNorm(nn.Module):
+    """LayerNorm, scale and bias separate for each member: (ensemble, B, dim) -> same shape."""
+
+    def __init__(self, dim, ensemble):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(ensemble, 1, dim))
+        self.bias = nn.Parameter(torch.zeros(ensemble, 1, dim))
+
+    def forward(self, x):
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * self.scale + self.bias
+
+
+class MLP(nn.Sequential):
+    """(B, in) -> (ensemble, B, out); each hidden layer is Linear, GELU and perhaps LayerNorm."""
+
+    def __init__(self, in_dim, hidden, out_dim, ensemble=1, layer_norm=False):
+        layers = []
+        for width in hidden:
+            layers += [Linear(in_dim, width, ensemble), nn.GELU(approximate="tanh")]
+            layers += [LayerNorm(width, ensemble)] if layer_norm else []
+            in_dim = width
+        super().__init__(*layers, Linear(in_dim, out_dim, ensemble))
+
+
+class Critic(nn.Module):
+    """Q(s, a), two of them: (B, O), (B, A) -> (2, B)."""
+
+    def __init__(self, obs_dim, action_dim, hidden):
+        super().__init__()
+        self.mlp = MLP(obs_dim + action_dim, hidden, 1, ensemble=2, layer_norm=True)
+
+    def forward(self, obs, actions):
+        return self.mlp(torch.cat([obs, actions], -1)).squeeze(-1)
+
+
+class Value(nn.Module):
+    """V(s, x_t, t) of a half-finished action, two of them: (B, O), (B, A), (B, 1) -> (2, B)."""
+
+    def __init__(self, obs_dim, action_dim, hidden, time_dim):
+        super().__init__()
+        self.mlp = MLP(obs_dim + action_dim + time_dim, hidden, 1, ensemble=2, layer_norm=True)
+        frequencies = torch.linspace(0, np.log(256), time_dim // 2, dtype=torch.float64).exp()
+        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+
+    def forward(self, obs, x, t):
+        angles = t * self.frequencies
+        return self.mlp(torch.cat([obs, x, angles.sin(), angles.cos()], -1)).squeeze(-1)
+
+
+class Velocity(nn.Module):
+    """v(s, x_t, t), the flow policy: (B, O), (B, A), (B, 1) -> (B, A)."""
+
+    def __init__(self, obs_dim, action_dim, hidden):
+        super().__init__()
+        self.mlp = MLP(obs_dim + action_dim + 1, hidden, action_dim)
+
+    def forward(self, obs, x, t):
+        return self.mlp(torch.cat([obs, x, t], -1)).squeeze(0)
+
+
+class Networks(nn.Module):
+    """All that is trained, and the target critic. action_dim counts every action of a chunk."""
+
+    def __init__(self, obs_dim, action_dim, args):
+        super().__init__()
+        self.critic = Critic(obs_dim, action_dim, args.hidden)
+        self.value = Value(obs_dim, action_dim, args.hidden, args.time_dim)
+        self.velocity = Velocity(obs_dim, action_dim, args.hidden)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+
+
+# -------------------------------------------------------------------------------------- rollout
+
+
+def rollout(velocity, obs, x, t, flow_steps):
+    """Follow the flow from (x, t) to time 1 in K Euler steps, then clip to [-1, 1].
+
+    From t = 0 these are K steps of 1 / K; from t > 0 the flow arrives early, and the steps left
+    have length 0. (B, O), (B, A), (B, 1) -> (B, A).
+    """
+    for _ in range(flow_steps):
+        dt = (1 - t).clamp(0, 1 / flow_steps)
+        x = x + velocity(obs, x, t) * dt
+        t = t + dt
+    return x.clamp(-1, 1)
+
+
+def sample_actions(velocity, obs, x0, flow_steps):
+    """The policy: noise x_0 ~ N(0, I) to actions in [-1, 1]. (B, O), (B, A) -> (B, A)."""
+    return rollout(velocity, obs, x0, torch.zeros_like(x0[:, :1]), flow_steps)
+
+
+# --------------------------------------------------------------------------------------- losses
+#
+# A batch has observations (B, O), actions (B, h * A), rewards (B,) summed over the chunk, masks
+# (B,) that are 0 where the task is solved, next_observations (B, O), and valid (B, h) that is 0
+# for steps after the episode's end. Chunks with such steps are left out by a weight of 0.
+
+
+class Draws(NamedTuple):
+    """All randomness of an update: x0 ~ N(0, I) of shape (B, A), t ~ U(0, 1) of shape (B, 1)."""
+
+    next_x0: torch.Tensor
+    value_x0: torch.Tensor
+    value_t: torch.Tensor
+    policy_x0: torch.Tensor
+    policy_t: torch.Tensor
+
+
+def draw(actions, generator):
+    """Draws for a batch with these actions."""
+    x0 = torch.randn(3, *actions.shape, device=actions.device, generator=generator)
+    t = torch.rand(2, len(actions), 1, device=actions.device, generator=generator)
+    return Draws(x0[0], x0[1], t[0], x0[2], t[1])
+
+
+def aggregate(q, q_agg):
+    """One value out of two: (2, B) -> (B,)."""
+    return q.mean(0) if q_agg == "mean" else q.amin(0)
+
+
+@torch.no_grad()
+def critic_target(nets, batch, x0, args):
+    """r + discount^h * mask * Q'(s', a'), with a' from the current policy: (B,)."""
+    next_actions = sample_actions(nets.velocity, batch.next_observations, x0, args.flow_steps)
+    next_q = aggregate(nets.target_critic(batch.next_observations, next_actions), args.q_agg)
+    return batch.rewards + args.discount**args.horizon * batch.masks * next_q
+
+
+@torch.no_grad()
+def value_target(nets, obs, xt, t, args):
+    """Q'(s, x_1) of the action that x_t becomes under the current policy: (B,)."""
+    x1 = rollout(nets.velocity, obs, xt, t, args.flow_steps)
+    return aggregate(nets.target_critic(obs, x1), args.q_agg)
+
+
+@torch.no_grad()
+def guidance(value, obs, xt, t):
+    """grad_x V(s, x_t, t), of the mean of the two: (B, A)."""
+    return torch.func.grad(lambda x: value(obs, x, t).mean(0).sum())(xt)
+
+
+def critic_loss(nets, batch, x0, args):
+    """TD learning. Also returns Q(s, a), (2, B), for the log."""
+    q = nets.critic(batch.observations, batch.actions)
+    error = q - critic_target(nets, batch, x0, args)
+    return (batch.valid[:, -1] * error**2).mean(), q.detach()
+
+
+def value_loss(nets, batch, x0, t, args):
+    """Flow consistency: a point on the flow is worth what its end is worth."""
+    xt = (1 - t) * x0 + t * batch.actions
+    v = aggregate(nets.value(batch.observations, xt, t), args.q_agg)
+    error = v - value_target(nets, batch.observations, xt, t, args)
+    return (batch.valid[:, -1] * error**2).mean()
+
+
+def policy_loss(nets, batch, x0, t, args):
+    """Flow matching on the dataset's actions, with the velocity bent by the guidance."""
+    xt = (1 - t) * x0 + t * batch.actions
+    target = batch.actions - x0 + guidance(nets.value, batch.observations, xt, t) / args.lam
+    error = nets.velocity(batch.observations, xt, t) - target
+    return (batch.valid[:, -1:] * error**2).mean()
+
+
+def total_loss(nets, batch, draws, args):
+    """The sum of the losses and what to log. Each loss has gradients for its own network only."""
+    td, q = critic_loss(nets, batch, draws.next_x0, args)
+    value = value_loss(nets, batch, draws.value_x0, draws.value_t, args)
+    policy = policy_loss(nets, batch, draws.policy_x0, draws.policy_t, args)
+    metrics = dict(critic_loss=td.detach(), value_loss=value.detach(), policy_loss=policy.detach())
+    metrics.update(q_mean=q.mean(), q_min=q.amin(), q_max=q.amax())
+    return td + value + policy, metrics
+
+
+# --------------------------------------------------------------------------------------- update
+
+
+def make_optimizer(nets, args):
+    """One Adam for all that learns, which the target critic does not."""
+    parameters = [p for p in nets.parameters() if p.requires_grad]
+    return torch.optim.Adam(parameters, lr=args.lr, eps=1e-8, fused=True)
+
+
+def update(nets, optimizer, batch, draws, args, loss=total_loss):
+    """One gradient step on every network; returns the metrics as tensors on the device."""
+    total, metrics = loss(nets, batch, draws, args)
+    optimizer.zero_grad()
+    total.backward()
+    with torch.no_grad():  # before Adam: the target mixes in the critic that it was compared with
+        for target, online in zip(nets.target_critic.parameters(), nets.critic.parameters()):
+            target.lerp_(online, args.tau)
+    optimizer.step()
+    return metrics
+
+
+# ----------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(policy, envs, episodes, horizon, seed):
+    """Mean success (NaN if the environment has none), return and length over `episodes` episodes.
+
+    policy: observations (N, O) -> actions (N, horizon, A), as NumPy arrays. envs: N environments
+    that reset in the step that ends an episode. Each runs a fixed share of the episodes: the first
+    ones to finish anywhere would mostly be the short, successful ones.
+    """
+    n = envs.num_envs
+    quota = np.full(n, episodes // n)
+    quota[: episodes % n] += 1
+    obs, _ = envs.reset(seed=[seed * n + i for i in range(n)])
+    chunks = np.zeros((n, horizon, *envs.single_action_space.shape), np.float32)
+    left, returns, lengths = np.zeros(n, int), np.zeros(n), np.zeros(n, int)
+    results = []
+    while quota.any():
+        if not left.all():  # somebody has come to the end of its chunk
+            chunks[left == 0] = policy(obs)[left == 0]
+            left[left == 0] = horizon
+        obs, rewards, terminated, truncated, infos = envs.step(chunks[np.arange(n), -left])
+        left, returns, lengths = left - 1, returns + rewards, lengths + 1
+        for i in np.flatnonzero(terminated | truncated):
+            if quota[i] > 0:
+                success = infos["final_info"].get("success", np.full(n, np.nan))[i]
+                results.append((success, returns[i], lengths[i]))
+                quota[i] -= 1
+            left[i] = returns[i] = lengths[i] = 0
+    return dict(zip(("success", "return", "length"), np.mean(results, 0).tolist()))
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def train(args, dataset, envs, run):
+    """Train on `dataset`, evaluate in `envs`, write to `run`; returns the networks."""
+    device = dataset.actions.device
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    eval_generator = torch.Generator(device)
+    obs_dim, action_dim = dataset.observations.shape[1], args.horizon * dataset.actions.shape[1]
+    nets = Networks(obs_dim, action_dim, args).to(device)
+    optimizer = make_optimizer(nets, args)
+    loss = torch.compile(total_loss, fullgraph=True) if args.compile else total_loss
+
+    @torch.no_grad()
+    def policy(obs):
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+        x0 = torch.randn(len(obs), action_dim, device=device, generator=eval_generator)
+        actions = sample_actions(nets.velocity, obs, x0, args.flow_steps)
+        return actions.view(len(obs), args.horizon, -1).cpu().numpy()
+
+    q_bounds = dataset.q_bounds(args.discount)
+    evaluations, shown = [], {}
+    progress = tqdm(total=args.offline_steps, unit=" updates", dynamic_ncols=True)
+    last, start = 0, time.perf_counter()
+    for step in range(1, args.offline_steps + 1):
+        batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
+        metrics = update(nets, optimizer, batch, draw(batch.actions, generator), args, loss)
+        progress.update()
+
+        if step % args.log_interval == 0 or step == args.offline_steps:
+            row = {name: value.item() for name, value in metrics.items()}
+            speed = (step - last) / (time.perf_counter() - start)
+            run.log("train.csv", step=step, **row, time_updates_per_s=round(speed, 1))
+            run.check_q(step, row["q_min"], row["q_max"], q_bounds)
+            shown.update({k: f"{v:.3g}" for k, v in row.items() if k.endswith("_loss")})
+            progress.set_postfix(shown)
+            last, start = step, time.perf_counter()
+
+        if step % args.eval_interval == 0 or step == args.offline_steps:
+            pause = time.perf_counter()
+            eval_generator.manual_seed(args.seed + step)
+            result = evaluate(policy, envs, args.eval_episodes, args.horizon, args.seed + step)
+            evaluations.append(result)
+            run.log("eval.csv", step=step, episodes=args.eval_episodes, **result)
+            run.save(step=step, nets=nets.state_dict(), optimizer=optimizer.state_dict())
+            run.plot()
+            shown["success"] = f"{result['success']:.0%}"
+            progress.set_postfix(shown)
+            start += time.perf_counter() - pause
+    progress.close()
+    score = {k: np.mean([e[k] for e in evaluations[-3:]]) for k in evaluations[0]}
+    print(
+        f"mean of the last {len(evaluations[-3:])} evaluations: success {score['success']:.1%}, "
+        f"return {score['return']:.1f}, length {score['length']:.1f}"
+    )
+    return nets
+
+
+def main():
+    args = common.parse_args(Args, __doc__, SETTINGS)
+    task = common.resolve_task(args.env, args.task)
+    device = common.pick_device(args.device)
+    dataset, source = common.get_dataset(task, args.dataset, device)
+    name = f"{task.name}__qflow__{args.seed}"
+    run = common.Run(args.run_dir, name, args=vars(args), dataset=source)
+    print(f"{task.name}: {len(dataset)} transitions, {dataset.episodes} episodes, from {source}")
+    print("settings:", ", ".join(f"{k}={v}" for k, v in vars(args).items()))
+    print(f"device: {device}, writing to {run.path}")
+    envs = common.make_envs(task.env_id, min(args.eval_episodes, 25))
+    train(args, dataset, envs, run)
+    envs.close()
+
+
+if __name__ == "__main__":
+    common.cli(main)

@@ -1,0 +1,145 @@
+"""Times a method's update beside its bare matrix products; prints one line of JSON.
+
+    python tests/bench_update.py --method qflow --hidden 512 --device cpu --threads 1
+
+Sizes are antmaze-giant's (29 observations, 8 actions). floor_ratio is the time of an update over
+that of just its matrix products, run back to back in this process on the same threads and backend.
+"""
+
+import importlib
+import json
+import resource
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
+
+
+@dataclass
+class Args:
+    method: str = "qflow"
+    """the script to time"""
+    hidden: int = 512
+    """width of the four hidden layers"""
+    batch_size: int = 256
+    """transitions per update"""
+    flow_steps: int = 10
+    """Euler steps from noise to action"""
+    device: str = "cpu"
+    """cpu or cuda"""
+    threads: int = 1
+    """torch threads"""
+    compile: bool = False
+    """compile the losses"""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """torch.set_float32_matmul_precision"""
+    seconds: float = 10.0
+    """how long to measure each of the two"""
+
+
+class RecordProducts(TorchDispatchMode):
+    """Keeps the operands of every matrix product that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.operands = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "baddbmm"):
+            self.operands.append([x.detach() for x in args[-2:]])
+        return op(*args, **(kwargs or {}))
+
+
+def milliseconds(function, seconds, device, burn_in):
+    """Median, 10th and 90th percentile of the time of one call."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    calls = 20 if device.type == "cuda" else 1  # per reading of the clock
+    for _ in range(burn_in):
+        function()
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 10:
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            function()
+        wait()
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    deciles = statistics.quantiles(times, n=10)
+    return statistics.median(times), deciles[0], deciles[-1]
+
+
+def main():
+    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    method = importlib.import_module(args.method)
+    torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.manual_seed(0)
+    device = common.pick_device(args.device)
+    settings = method.Args(
+        hidden=(args.hidden,) * 4, batch_size=args.batch_size, flow_steps=args.flow_steps
+    )
+    nets = method.Networks(29, 8, settings).to(device)
+    optimizer = method.make_optimizer(nets, settings)
+    loss = method.total_loss
+    n = args.batch_size
+    obs, next_obs = torch.randn(2, n, 29, device=device)
+    actions = torch.rand(n, 8, device=device) * 2 - 1
+    ones = torch.ones(n, device=device)
+    batch = common.Batch(obs, actions, -ones, ones, next_obs, ones[:, None])
+
+    def update():
+        draws = method.draw(batch.actions, None)
+        return method.update(nets, optimizer, batch, draws, settings, loss)
+
+    update()
+    with RecordProducts() as record:
+        update()
+    flop = sum(2 * a.numel() * b.shape[-1] for a, b in record.operands)
+    outs = [torch.matmul(a, b) for a, b in record.operands]
+
+    @torch.no_grad()
+    def products():
+        for (a, b), out in zip(record.operands, outs):
+            torch.matmul(a, b, out=out)
+
+    if args.compile:
+        loss = torch.compile(method.total_loss, fullgraph=True)
+    start = time.perf_counter()
+    update()
+    first = time.perf_counter() - start
+    median, low, high = milliseconds(update, args.seconds, device, burn_in=20)
+    floor, *_ = milliseconds(products, args.seconds, device, burn_in=5)
+    if device.type == "cuda":
+        name, memory = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
+    else:
+        name, memory = "cpu", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    result = dict(
+        **vars(args),
+        updates_per_s=round(1000 / median, 1),
+        ms_median=round(median, 3),
+        ms_p10=round(low, 3),
+        ms_p90=round(high, 3),
+        gflop=round(flop / 1e9, 6),
+        floor_ms=round(floor, 3),
+        floor_ratio=round(median / floor, 3),
+        first_update_s=round(first, 1),
+        peak_memory_mb=round(memory / 1e6),
+        device_name=name,
+        torch=torch.__version__,
+        commit=common.commit(),
+    )
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

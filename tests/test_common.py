@@ -1,0 +1,386 @@
+"""Names, datasets, sampling, collection and run folders."""
+
+import json
+import re
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+
+import common
+
+NAME = "pointmaze-medium-navigate-v0"
+TASK = common.resolve_task(NAME)
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / f"{NAME}.npz"
+    common.collect_pointmaze(NAME, path, episodes=3, workers=2)
+    return path
+
+
+# ---------------------------------------------------------------------------------------- names
+
+
+def test_every_name_of_every_dataset_resolves_to_an_environment():
+    names = common.dataset_names()
+    assert {"antmaze-giant-navigate-v0", "cube-quadruple-noisy-v0", "scene-play-v0"} < set(names)
+    assert {"puzzle-4x6-play-v0", "antsoccer-medium-stitch-v0"} < set(names)
+    for name in names:
+        stem = name.removesuffix("-v0")
+        for env, task, suffix in [
+            (name, 0, "singletask"),
+            (f"{stem}-singletask-v0", 0, "singletask"),
+            (name, 3, "singletask-task3"),
+            (f"{stem}-singletask-v0", 5, "singletask-task5"),
+            (f"{stem}-singletask-task2-v0", 0, "singletask-task2"),
+            (f"{stem}-singletask-task2-v0", 2, "singletask-task2"),
+        ]:
+            resolved = common.resolve_task(env, task)
+            assert resolved.dataset == name
+            assert resolved.name == f"{stem}-{suffix}-v0"
+            spec = gymnasium.spec(resolved.env_id)  # raises if there is no such environment
+            assert spec.kwargs["reward_task_id"] == int(suffix[15:] or 0)
+            assert spec.kwargs.get("ob_type") != "pixels"
+
+
+@pytest.mark.parametrize(
+    "env, task, words",
+    [
+        ("antmaze-gigant-navigate-v0", 0, "antmaze-giant-navigate-v0"),
+        ("antmaze-giant-explore-v0", 0, "closest"),
+        ("visual-antmaze-giant-navigate-v0", 0, "antmaze-giant-navigate-v0"),
+        ("antmaze-giant-singletask-v0", 0, "antmaze-giant"),
+        ("powderworld-easy-play-v0", 0, "powderworld-easy-play-v0: no such"),
+        ("", 0, "no such"),
+        ("cube-double-play-singletask-task6-v0", 0, "task 6"),
+        ("cube-double-play-singletask-task0-v0", 0, "task 0"),
+        ("cube-double-play-v0", 7, "task 7"),
+        ("cube-double-play-v0", -1, "task -1"),
+        ("cube-double-play-singletask-task2-v0", 3, "already names task 2"),
+    ],
+)
+def test_wrong_names_are_one_line_with_the_way_out(env, task, words):
+    with pytest.raises(common.UserError, match=re.escape(words)) as e:
+        common.resolve_task(env, task)
+    assert "\n" not in str(e.value)
+
+
+# ------------------------------------------------------------------------------------- sampling
+
+
+def random_dataset(rng, lengths=(1, 4, 2, 9, 1)):
+    n, ends = sum(lengths), np.cumsum(lengths) - 1
+    terminals = np.zeros(n)
+    terminals[ends] = 1
+    obs = rng.normal(size=(n, 3)).astype(np.float32)
+    next_obs = np.concatenate([obs[1:], obs[:1]])
+    next_obs[ends] = rng.normal(size=(len(ends), 3))
+    actions = rng.uniform(-1, 1, (n, 2)).astype(np.float32)
+    masks = (rng.random(n) < 0.8).astype(np.float32)
+    return dict(
+        observations=obs,
+        actions=actions,
+        next_observations=next_obs,
+        rewards=rng.normal(size=n),
+        masks=masks,
+        terminals=terminals,
+    )
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 3, 7])
+def test_chunks_against_brute_force(horizon):
+    for seed in range(20):
+        data = random_dataset(np.random.default_rng(seed))
+        dataset = common.Dataset(**data)
+        n, discount = len(data["actions"]), 0.9
+        batch = dataset.chunks(torch.arange(n - horizon + 1), horizon, discount)
+        for i in range(n - horizon + 1):
+            reward, mask, valid, last = 0.0, 1.0, [], None
+            alive = True
+            for j in range(horizon):
+                valid.append(float(alive))
+                if alive:
+                    reward += discount**j * data["rewards"][i + j]
+                    mask *= data["masks"][i + j]
+                    last = i + j
+                    alive = data["terminals"][i + j] == 0
+            assert batch.valid[i].tolist() == valid
+            assert batch.rewards[i].item() == pytest.approx(reward, rel=1e-5, abs=1e-6)
+            assert batch.masks[i].item() == mask
+            assert np.array_equal(batch.next_observations[i], data["next_observations"][last])
+            assert np.array_equal(batch.observations[i], data["observations"][i])
+            assert np.array_equal(batch.actions[i], data["actions"][i : i + horizon].ravel())
+
+
+def test_sample_draws_all_starts_equally_and_nothing_else():
+    dataset = common.Dataset(**random_dataset(np.random.default_rng(0)))
+    generator = torch.Generator().manual_seed(0)
+    batch = dataset.sample(30_000, 3, 0.9, generator)
+    firsts = dataset.observations[dataset.rows]
+    which = (batch.observations[:, None] == firsts).all(-1).float().argmax(1)
+    counts = torch.bincount(which, minlength=len(dataset))
+    assert counts[15:].sum() == 0  # 17 transitions, chunks of 3
+    assert (counts[:15] - 2000).abs().max() < 5 * 2000**0.5
+
+
+def test_a_million_antmaze_transitions_fit_in_a_third_of_a_gigabyte():
+    n, length = 100_000, 1000
+    obs = np.zeros((n, 29), np.float32)
+    flags = (np.arange(n) % length == length - 1).astype(np.float32)
+    data = common.Dataset(obs, np.zeros((n, 8), np.float32), obs, flags, flags, flags)
+    size = sum(t.nbytes for t in vars(data).values() if isinstance(t, torch.Tensor))
+    assert size * 10 < 0.35e9
+    assert len(data.observations) == n + data.episodes == n + 100
+
+
+def test_chunks_longer_than_the_dataset_are_refused():
+    dataset = common.Dataset(**random_dataset(np.random.default_rng(0)))
+    with pytest.raises(common.UserError, match="--horizon 18"):
+        dataset.sample(4, horizon=18)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(rewards=np.zeros(3)), "rewards has shape"),
+        (dict(observations=np.zeros((17, 2))), "has shape"),
+        (dict(next_observations=np.zeros((16, 3))), "next_observations has shape"),
+        (dict(masks=np.full(17, np.nan)), "masks has NaN or infinity, first in row 0"),
+        (dict(actions=np.full((17, 2), 1.5)), "actions must be in [-1, 1], found 1.5"),
+        (dict(terminals=np.zeros(17)), "next_observations[0] is not observations[1]"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(change, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        common.Dataset(**{**random_dataset(np.random.default_rng(0)), **change})
+
+
+# ---------------------------------------------------------------------------------------- files
+
+
+def test_collected_file_follows_the_protocol_whatever_the_workers(collected, tmp_path):
+    other = tmp_path / "one_worker.npz"
+    common.collect_pointmaze(NAME, other, episodes=3, workers=1)
+    with np.load(collected) as a, np.load(other) as b:
+        assert set(a) == {"observations", "actions", "terminals", "qpos", "qvel", "source"}
+        assert all(np.array_equal(a[k], b[k]) for k in a)
+        assert "3 episodes" in str(a["source"]) and "not official" in str(a["source"])
+        assert a["observations"].shape == (3003, 2)
+        assert np.flatnonzero(a["terminals"]).tolist() == [1000, 2001, 3002]
+        assert not np.array_equal(a["observations"][0], a["observations"][1001])
+        assert np.abs(a["actions"]).max() == 1
+        moved = np.linalg.norm(np.diff(a["observations"][:1001], axis=0), axis=1)
+        assert moved.mean() > 0.1  # of 0.2 per step at full speed
+    assert list(tmp_path.iterdir()) == [other]  # no temporary file is left
+
+
+def test_loading_agrees_with_ogbench(collected):
+    import ogbench
+
+    with np.load(collected) as file:
+        np.savez(collected.with_name(f"{NAME}-val.npz"), **file)  # which OGBench insists on
+    env, theirs, _ = ogbench.make_env_and_datasets(
+        "pointmaze-medium-navigate-singletask-task2-v0", dataset_path=str(collected)
+    )
+    env.close()
+    dataset, _ = common.load_dataset(collected, common.resolve_task(NAME, 2), "cpu")
+    assert len(dataset) == 3000 and dataset.episodes == 3
+    batch = dataset.chunks(torch.arange(3000), 1, 0.99)
+    for key in ("observations", "next_observations", "rewards", "masks"):
+        assert np.array_equal(getattr(batch, key), theirs[key]), key
+    assert np.allclose(batch.actions, theirs["actions"], atol=1.1e-5)
+    assert batch.actions.abs().max() < 1 and theirs["masks"].min() == 0
+    assert dataset.q_bounds(0.99) == pytest.approx((-100, 0))
+
+
+def damaged(source, target, damage):
+    with np.load(source) as file:
+        arrays = dict(file)
+    damage(arrays)
+    np.savez(target, **arrays)
+
+
+def test_damaged_files_are_one_line_that_names_file_and_cause(collected, tmp_path):
+    def without(key):
+        return lambda a: a.pop(key)
+
+    def put(key, value):
+        return lambda a: a.update({key: value(a[key])})
+
+    def one_nan(array):
+        array = array.copy()
+        array[7] = np.nan
+        return array
+
+    cases = {
+        "no_actions": (without("actions"), "actions"),
+        "no_qpos": (without("qpos"), "qpos"),
+        "short_actions": (put("actions", lambda a: a[:-5]), ""),
+        "short_qpos": (put("qpos", lambda a: a[:-5]), ""),
+        "no_end": (put("terminals", lambda a: np.zeros_like(a)), ""),
+        "all_ends": (put("terminals", lambda a: np.ones_like(a)), ""),
+        "flat": (put("observations", lambda a: a.ravel()), ""),
+        "empty": (lambda a: a.update({k: v[:0] for k, v in a.items() if v.ndim}), ""),
+        "nan": (put("observations", one_nan), "NaN"),
+        "wide": (put("observations", lambda a: np.tile(a, (1, 2))), "(4, 2), the environment's"),
+        "object": (put("actions", lambda a: a.astype(object)), "bject"),
+        "words": (put("actions", lambda a: a.astype(str)[:, :1].repeat(2, 1) + "x"), ""),
+    }
+    for name, (damage, words) in cases.items():
+        path = tmp_path / f"{name}.npz"
+        damaged(collected, path, damage)
+        with pytest.raises(common.UserError) as e:
+            common.load_dataset(path, TASK, "cpu")
+        assert str(path) in str(e.value) and words in str(e.value), name
+        assert "\n" not in str(e.value), name
+
+    whole = collected.read_bytes()
+    files = {"half": whole[: len(whole) // 2], "nothing": b"", "html": b"<html>not found</html>"}
+    hole = bytearray(whole)
+    hole[2000:2400] = bytes(400)
+    for name, content in {**files, "hole": bytes(hole)}.items():
+        path = tmp_path / f"{name}.npz"
+        path.write_bytes(content)
+        with pytest.raises(common.UserError, match=re.escape(str(path))):
+            common.load_dataset(path, TASK, "cpu")
+    with pytest.raises(common.UserError, match="no such file"):
+        common.load_dataset(tmp_path / "absent.npz", TASK, "cpu")
+    array = tmp_path / "array.npy"
+    np.save(array, np.zeros(3))
+    with pytest.raises(common.UserError, match=re.escape(str(array))):
+        common.load_dataset(array, TASK, "cpu")
+
+
+def test_objects_are_never_unpickled(collected, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return open, (str(tmp_path / "unpickled"), "w")
+
+    path = tmp_path / "bomb.npz"
+    damaged(collected, path, lambda a: a.update(actions=np.array([Bomb()], object)))
+    with pytest.raises(common.UserError):
+        common.load_dataset(path, TASK, "cpu")
+    damaged(collected, path, lambda a: a.update(source=np.array([Bomb()], object)))
+    with pytest.raises(common.UserError):
+        common.load_dataset(path, TASK, "cpu")
+    assert not (tmp_path / "unpickled").exists()
+
+
+def test_sources_are_tried_in_order(collected, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    calls = []
+
+    def collect(name, path):
+        calls.append(name)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(collected.read_bytes())
+
+    monkeypatch.setattr(common, "collect_pointmaze", collect)
+    kept = tmp_path / ".ogbench/collected" / f"{NAME}.npz"
+    for _ in range(2):  # collected once, used twice
+        dataset, source = common.get_dataset(TASK, None, "cpu")
+        assert source.startswith(str(kept)) and "not official" in source
+    assert calls == [NAME] and len(dataset) == 3000
+
+    official = tmp_path / ".ogbench/data" / f"{NAME}.npz"
+    official.parent.mkdir(parents=True)
+    damaged(collected, official, lambda a: a.pop("source"))
+    assert common.get_dataset(TASK, None, "cpu")[1] == f"{official} (official file)"
+    stitch = common.resolve_task("pointmaze-medium-stitch-v0")  # the oracle does not collect these
+    monkeypatch.setattr(common, "download", lambda name, path: calls.append(path))
+    with pytest.raises(common.UserError, match="no such file"):
+        common.get_dataset(stitch, None, "cpu")
+    assert calls[1:] == [official.with_name("pointmaze-medium-stitch-v0.npz")]
+    given = tmp_path / "mine.npz"
+    given.write_bytes(official.read_bytes())
+    assert common.get_dataset(TASK, given, "cpu")[1] == f"{given} (given by --dataset)"
+
+
+def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
+    import ogbench.utils
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(ogbench.utils, "DATASET_URL", "http://127.0.0.1:9/nobody/listens")
+    with pytest.raises(common.UserError) as e:
+        common.get_dataset(common.resolve_task("cube-single-play-v0"), None, "cpu")
+    message = str(e.value)
+    assert "cube-single-play-v0.npz" in message and str(tmp_path / ".ogbench/data") in message
+    assert "--dataset" in message and "\n" not in message
+
+
+# ------------------------------------------------------------------------------------ run folder
+
+
+def test_run_folder(tmp_path):
+    run = common.Run(tmp_path / "runs", "env__method__0", args=dict(lam=1.0), dataset="somewhere")
+    again = common.Run(tmp_path / "runs", "env__method__0")
+    assert run.path != again.path
+    assert re.fullmatch(r"env__method__0__\d{8}-\d{6}b?", run.path.name)
+    config = json.loads((run.path / "config.json").read_text())
+    assert config["args"] == {"lam": 1.0} and config["dataset"] == "somewhere"
+    assert config["versions"]["torch"] == torch.__version__ and "commit" in config
+
+    for step in (1, 2):
+        row = dict(critic_loss=1.0, q_mean=-1.0, q_min=-2.0, q_max=0.0)
+        run.log("train.csv", step=step, **row)
+        run.log("eval.csv", step=step, **{"success": 0.5, "return": -3.0})
+    run.plot()
+    run.log("eval.csv", step=3, **{"success": float("nan"), "return": -2.0})
+    run.plot()
+    text = (run.path / "train.csv").read_text().splitlines()
+    assert text == [
+        "step,critic_loss,q_mean,q_min,q_max",
+        "1,1.0,-1.0,-2.0,0.0",
+        "2,1.0,-1.0,-2.0,0.0",
+    ]
+    assert (run.path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+    run.save(step=2, nets={"w": torch.ones(2)})
+    state = torch.load(run.path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 2 and state["nets"]["w"].tolist() == [1, 1]
+    names = {p.name for p in run.path.iterdir()}
+    assert names == {"config.json", "train.csv", "eval.csv", "curve.png", "checkpoint.pt"}
+
+
+def test_warning_when_q_leaves_its_range_comes_once(tmp_path, capsys):
+    run = common.Run(tmp_path, "x")
+    run.check_q(10, -109, 9, (-100, 0))
+    assert capsys.readouterr().err == ""
+    run.check_q(20, -50, 11, (-100, 0))
+    run.check_q(30, -50, 12, (-100, 0))
+    err = capsys.readouterr().err
+    assert err.count("warning") == 1 and "update 20" in err and "[-100, 0]" in err
+
+
+# --------------------------------------------------------------------------------- environments
+
+
+def test_resets_follow_from_the_seed_alone():
+    def starts(kind, disturb):
+        envs = common.make_envs("pointmaze-medium-singletask-v0", 2)
+        np.random.seed(disturb)
+        before = np.random.get_state()[1].copy()
+        first, _ = envs.reset(seed=[5, 6])
+        second, _ = envs.reset()
+        assert np.array_equal(np.random.get_state()[1], before)
+        envs.close()
+        return np.concatenate([first, second])
+
+    a = starts("async", 0)
+    assert np.array_equal(a, starts("async", 1))
+    assert len(np.unique(a, axis=0)) == 4
+
+
+def test_seeded_reset_leaves_numpys_generator_alone():
+    env = common.SeededReset(gymnasium.make("pointmaze-medium-singletask-v0"))
+    np.random.seed(3)
+    expected = np.random.RandomState(3).rand()
+    a, _ = env.reset(seed=1)
+    assert np.random.rand() == expected
+    b, _ = env.reset(seed=1)
+    c, _ = env.reset()
+    assert np.array_equal(a, b) and not np.array_equal(b, c)
+    env.close()

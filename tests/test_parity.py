@@ -1,0 +1,159 @@
+"""Replays what a JAX implementation of the authors' equations computed, with the code that trains.
+
+Each *.npz in $GOLDEN_DIR (default: tests/golden) holds weights, batches, random draws and results
+of three updates in a row, or a sampler's output. Its `config` says which algorithm it records.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import qflow
+
+FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
+FILES = sorted(FOLDER.glob("*.npz"))
+SCRIPTS = {"sequences": "common.py", "qflow": "qflow.py", "fql": "fql.py", "flow_g": "flow_sac.py"}
+NETS = {"velocity": "flow", "value": "inner_value"}  # our names, where the files have others
+
+
+def load(path):
+    with np.load(path) as file:
+        arrays = dict(file)
+    config = json.loads(str(arrays.pop("config")))
+    return config.get("algorithm") or config["architecture"], config, arrays
+
+
+def under(arrays, prefix):
+    """The arrays below a prefix, as float32 tensors."""
+    return {
+        k.removeprefix(prefix): torch.as_tensor(v, dtype=torch.float32)
+        for k, v in arrays.items()
+        if k.startswith(prefix)
+    }
+
+
+def golden_parameters(nets):
+    """Every parameter under the name that the files give it."""
+    named = {}
+    for net, module in nets.named_children():
+        counts = {"dense": 0, "norm": 0}
+        for layer in module.mlp:
+            own = dict(layer.named_parameters())
+            if own:
+                kind, first = ("dense", "kernel") if "weight" in own else ("norm", "scale")
+                for name, parameter in zip((first, "bias"), own.values()):
+                    named[f"{NETS.get(net, net)}/{kind}{counts[kind]}/{name}"] = parameter
+                counts[kind] += 1
+    return named
+
+
+def close(actual, expected, relative=0.0, of_largest=0.0, absolute=0.0, share=1.0, what=""):
+    """At least `share` of the entries are within the sum of the tolerances."""
+    actual, expected = actual.detach().reshape(expected.shape), expected
+    bound = absolute + relative * expected.abs() + of_largest * expected.abs().max()
+    ok = (actual - expected).abs() <= bound
+    worst = (actual - expected).abs().max()
+    assert ok.float().mean() >= share, (
+        f"{what}: off by up to {worst:.3g}, allowed {bound.max():.3g}"
+    )
+
+
+def replay_updates(arrays, config, nets, args, module, make_draws, check_step, losses):
+    """losses: our metric -> (the file's name for it, relative tolerance)."""
+    parameters = golden_parameters(nets)
+    initial = under(arrays, "init/")
+    assert set(parameters) == set(initial)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(initial[name].reshape(parameter.shape))
+    optimizer = module.make_optimizer(nets, args)
+    for step in range(config["steps"]):
+        recorded = under(arrays, f"step{step}/batch/")
+        batch = common.Batch(**recorded, valid=torch.ones(len(recorded["rewards"]), 1))
+        draws = make_draws(under(arrays, f"step{step}/draw/"))
+        expected = under(arrays, f"step{step}/expect/")
+        check_step(batch, draws, expected)
+        metrics = module.update(nets, optimizer, batch, draws, args)
+        for name, (key, tolerance) in losses.items():
+            close(metrics[name], expected[key], relative=tolerance, what=f"step {step} {name}")
+        for name, gradient in under(arrays, f"step{step}/grad/").items():
+            close(parameters[name].grad, gradient, of_largest=1e-3, what=f"step {step} {name}")
+    for name, final in under(arrays, "final/").items():
+        if name.startswith("target_critic"):
+            close(parameters[name], final, absolute=3e-7, what=name)
+        else:
+            close(parameters[name], final, absolute=1e-5, share=0.999, what=name)
+
+
+def replay_qflow(config, arrays):
+    args = qflow.Args(
+        hidden=tuple(config["hidden_dims"]),
+        flow_steps=config["flow_steps"],
+        lam=config["alpha"],
+        time_dim=config["time_embed_dim"],
+        **{k: config[k] for k in ("batch_size", "q_agg", "discount", "tau", "lr")},
+    )
+    nets = qflow.Networks(config["obs_dim"], config["action_dim"], args)
+
+    def draws(d):
+        names = "critic/next_noise", "critic/x0", "critic/t", "actor/x0", "actor/t"
+        return qflow.Draws(*(d[name] for name in names))
+
+    def check(batch, draws, expected):
+        s, a, k = batch.observations, batch.actions, args.flow_steps
+        with torch.no_grad():
+            next_s = batch.next_observations
+            next_actions = qflow.sample_actions(nets.velocity, next_s, draws.next_x0, k)
+            close(next_actions, expected["critic/next_actions"], absolute=1e-5)
+            target_q = qflow.critic_target(nets, batch, draws.next_x0, args)
+            close(target_q, expected["critic/target_q"], of_largest=1e-5)
+            xt = (1 - draws.value_t) * draws.value_x0 + draws.value_t * a
+            x1 = qflow.rollout(nets.velocity, s, xt, draws.value_t, k)
+            close(x1, expected["critic/x1_pred"], absolute=1e-5)
+            target_v = qflow.value_target(nets, s, xt, draws.value_t, args)
+            close(target_v, expected["critic/target_v"], of_largest=1e-5)
+            xt = (1 - draws.policy_t) * draws.policy_x0 + draws.policy_t * a
+            grad_v = qflow.guidance(nets.value, s, xt, draws.policy_t)
+            close(grad_v, expected["actor/grad_v"], of_largest=5e-4)
+            v_target = a - draws.policy_x0 + grad_v / args.lam
+            close(v_target, expected["actor/v_target"], of_largest=5e-4)
+
+    losses = {
+        "critic_loss": ("critic/outer_loss", 1e-5),
+        "value_loss": ("critic/distillation_loss", 1e-4),
+        "policy_loss": ("actor/total_loss", 1e-4),
+    }
+    replay_updates(arrays, config, nets, args, qflow, draws, check, losses)
+
+
+def replay_sequences(config, arrays):
+    data = {k.removeprefix("dataset/"): v for k, v in arrays.items() if k.startswith("dataset/")}
+    dataset = common.Dataset(**data)
+    starts = torch.arange(len(dataset) - config["horizon"] + 1)
+    assert starts.tolist() == arrays["starts"].tolist()
+    batch = dataset.chunks(starts, config["horizon"], config["discount"])
+    for name, expected in under(arrays, "expect/").items():
+        close(getattr(batch, name), expected, relative=1e-6, absolute=1e-6, what=name)
+
+
+REPLAY = {"qflow": replay_qflow, "sequences": replay_sequences}
+
+
+def test_there_are_golden_files():
+    assert FILES, f"no *.npz in {FOLDER}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_replay(path):
+    algorithm, config, arrays = load(path)
+    if algorithm in REPLAY:
+        REPLAY[algorithm](config, arrays)
+    else:  # fine only as long as there is no script that could be held against it
+        assert algorithm in SCRIPTS, f"{path.name}: nothing here replays {algorithm!r}"
+        script = Path(common.__file__).with_name(SCRIPTS[algorithm])
+        assert not script.exists(), f"{path.name}: {script.name} exists but is not replayed"

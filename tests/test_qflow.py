@@ -1,0 +1,274 @@
+"""Q-Flow's rollout, losses, evaluation and training; parity with the authors is in test_parity."""
+
+import csv
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+import common
+import qflow
+
+SMALL = dict(hidden=(32, 32), time_dim=8, flow_steps=5)
+
+
+def make(batch_size=16, obs_dim=4, action_dim=3, horizon=1, **kwargs):
+    """Small networks, a random batch and random draws."""
+    torch.manual_seed(0)
+    args = qflow.Args(**{**SMALL, **kwargs}, horizon=horizon, batch_size=batch_size)
+    dims = obs_dim, action_dim * horizon
+    nets = qflow.Networks(*dims, args)
+    batch = common.Batch(
+        observations=torch.randn(batch_size, obs_dim),
+        actions=torch.rand(batch_size, dims[1]) * 2 - 1,
+        rewards=torch.randn(batch_size),
+        masks=(torch.rand(batch_size) > 0.3).float(),
+        next_observations=torch.randn(batch_size, obs_dim),
+        valid=torch.ones(batch_size, horizon),
+    )
+    return args, nets, batch, qflow.draw(batch.actions, None)
+
+
+# -------------------------------------------------------------------------------------- rollout
+
+
+def test_rollout_is_eulers_method():
+    x = torch.rand(7, 3) - 0.5
+    start = torch.zeros(7, 1)
+    for k in (1, 3, 10):
+        calls = []
+
+        def field(obs, x, t, calls=calls):
+            calls.append(t.flatten().tolist())
+            return -x
+
+        out = qflow.rollout(field, None, x, start, k)
+        assert torch.allclose(out, x * (1 - 1 / k) ** k, atol=1e-6)
+        assert np.allclose(calls, np.repeat(np.arange(k) / k, 7).reshape(k, 7), atol=1e-6)
+        assert torch.equal(out, qflow.sample_actions(lambda o, x, t: -x, None, x, k))
+        by_time = qflow.rollout(lambda o, x, t: t.expand_as(x), None, x, start, k)
+        assert torch.allclose(by_time, x + (k - 1) / (2 * k), atol=1e-6)
+
+
+def test_rollout_converges_to_the_exact_flow():
+    # dx/dt = -x + t has the solution x(t) = t - 1 + C e^-t
+    x, t = torch.tensor([[0.3], [-0.2], [0.8]]), torch.tensor([[0.0], [0.37], [0.95]])
+    exact = 0 + (x - t + 1) * torch.exp(t - 1)
+    field = lambda obs, x, t: t - x
+    errors = [(qflow.rollout(field, None, x, t, k) - exact).abs().max() for k in (8, 16, 32)]
+    assert errors[0] < 0.05
+    assert 1.7 < errors[0] / errors[1] < 2.3 and 1.7 < errors[1] / errors[2] < 2.3
+
+
+def test_rollout_from_any_time_ends_at_one_and_is_clipped():
+    t = torch.tensor([[0.0], [0.05], [0.31], [0.5], [0.999], [1.0]])
+    x = torch.zeros(6, 2)
+    ones = lambda obs, x, t: torch.full_like(x, 0.9)
+    out = qflow.rollout(ones, None, x, t, 10)
+    assert torch.allclose(out, (0.9 * (1 - t)).expand(6, 2), atol=1e-6)
+    assert qflow.rollout(lambda o, x, t: 9 + 0 * x, None, x, t, 10)[:4].eq(1).all()
+
+
+# --------------------------------------------------------------------------------------- losses
+
+
+def test_each_loss_trains_its_own_network_only():
+    args, nets, batch, draws = make()
+    losses = {
+        "critic": lambda: qflow.critic_loss(nets, batch, draws.next_x0, args)[0],
+        "value": lambda: qflow.value_loss(nets, batch, draws.value_x0, draws.value_t, args),
+        "velocity": lambda: qflow.policy_loss(nets, batch, draws.policy_x0, draws.policy_t, args),
+    }
+    for own, loss in losses.items():
+        nets.zero_grad()
+        loss().backward()
+        for name, parameter in nets.named_parameters():
+            got = parameter.grad is not None and parameter.grad.abs().sum() > 0
+            assert got == name.startswith(f"{own}."), (own, name)
+
+
+def test_guidance_is_the_gradient_of_each_samples_own_value():
+    args, nets, batch, draws = make()
+    nets.double()
+    s, x, t = batch.observations.double(), draws.policy_x0.double(), draws.policy_t.double()
+    gradient = qflow.guidance(nets.value, s, x, t)
+    assert not gradient.requires_grad
+    for j in range(x.shape[1]):
+        step = torch.zeros_like(x)
+        step[:, j] = 1e-5
+        with torch.no_grad():
+            slope = (nets.value(s, x + step, t) - nets.value(s, x - step, t)).mean(0) / 2e-5
+        assert torch.allclose(gradient[:, j], slope, atol=1e-8)
+
+
+def test_chunks_cut_short_by_the_episodes_end_do_not_count():
+    args, nets, batch, draws = make(horizon=3)
+    valid = batch.valid.clone()
+    valid[4:, -1] = 0
+    part = common.Batch(*(x[:4] for x in batch))
+    part_draws = qflow.Draws(*(x[:4] for x in draws))
+    loss, _ = qflow.total_loss(nets, batch._replace(valid=valid), draws, args)
+    alone, _ = qflow.total_loss(nets, part, part_draws, args)
+    assert torch.allclose(loss, alone * 4 / 16, rtol=1e-5)
+
+
+def test_chunks_bootstrap_with_the_discount_of_their_length():
+    args, nets, batch, draws = make(horizon=3, discount=0.9)
+    target = qflow.critic_target(nets, batch, draws.next_x0, args)
+    a = qflow.sample_actions(nets.velocity, batch.next_observations, draws.next_x0, args.flow_steps)
+    q = nets.target_critic(batch.next_observations, a).mean(0)
+    assert torch.allclose(target, batch.rewards + 0.9**3 * batch.masks * q)
+
+
+def test_the_loss_traces_into_one_graph_and_computes_the_same():
+    for horizon, q_agg in ((1, "mean"), (3, "min")):
+        args, nets, batch, draws = make(horizon=horizon, q_agg=q_agg)
+        traced = torch.compile(qflow.total_loss, fullgraph=True, backend="aot_eager")
+        results = []
+        for function in (qflow.total_loss, traced):
+            nets.zero_grad()
+            loss, metrics = function(nets, batch, draws, args)
+            loss.backward()
+            gradients = [p.grad.clone() for p in nets.parameters() if p.requires_grad]
+            results.append([loss.detach(), *metrics.values(), *gradients])
+        for plain, other in zip(*results):
+            assert torch.allclose(plain, other, rtol=1e-5, atol=1e-6)
+
+
+def train_on_two_modes(lam, updates):
+    """A bandit without state, actions near -0.6 (reward -1) and 0.6 (reward 1); returns samples."""
+    sizes = dict(obs_dim=1, action_dim=1, hidden=(64, 64), flow_steps=10)
+    args, nets, _, _ = make(**sizes, lam=lam, lr=2e-3, tau=0.05)
+    optimizer = qflow.make_optimizer(nets, args)
+    generator = torch.Generator().manual_seed(0)
+    zeros = torch.zeros(256, 1)
+    rows = []
+    for _ in range(updates):
+        sign = torch.randint(2, (256, 1), generator=generator) * 2.0 - 1
+        actions = 0.6 * sign + 0.05 * torch.randn(256, 1, generator=generator)
+        batch = common.Batch(zeros, actions, sign[:, 0], zeros[:, 0], zeros, zeros + 1)
+        metrics = qflow.update(nets, optimizer, batch, qflow.draw(actions, generator), args)
+        rows.append([metrics[k].item() for k in ("critic_loss", "value_loss", "policy_loss")])
+    with torch.no_grad():
+        x0 = torch.randn(2000, 1, generator=generator)
+        samples = qflow.sample_actions(nets.velocity, torch.zeros(2000, 1), x0, args.flow_steps)
+    return samples, np.mean(rows[:5], 0), np.mean(rows[-50:], 0)
+
+
+def test_losses_fall_and_two_modes_are_cloned_as_two_modes():
+    samples, early, late = train_on_two_modes(lam=1e6, updates=800)
+    assert (late < 0.75 * early).all()  # flow matching keeps an error that no field can remove
+    assert late[0] < 0.05
+    assert (samples.abs() - 0.6).abs().lt(0.2).float().mean() > 0.8
+    assert samples.abs().lt(0.3).float().mean() < 0.1  # a single Gaussian would have 0.36 there
+    assert 0.4 < samples.gt(0).float().mean() < 0.6
+
+
+def test_guidance_moves_the_policy_to_the_better_mode():
+    samples, _, _ = train_on_two_modes(lam=0.2, updates=400)
+    assert samples.gt(0.3).float().mean() > 0.9
+
+
+# ----------------------------------------------------------------------------------- evaluation
+
+
+class Script(gymnasium.Env):
+    """Half of the episodes succeed in 1 step, the others fail in 7; keeps the actions it got."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,))
+    action_space = gymnasium.spaces.Box(-1, 1, (2,))
+
+    def __init__(self):
+        self.episodes = []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.short = self.np_random.random() < 0.5
+        self.episodes.append([])
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        actions = self.episodes[-1]
+        actions.append(action.tolist())
+        obs = np.full(1, len(actions), np.float32)
+        over = len(actions) >= (1 if self.short else 7)
+        return obs, 1.0, over and self.short, over and not self.short, {"success": self.short}
+
+
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_evaluation_gives_each_environment_its_share_and_runs_chunks_open_loop(horizon):
+    envs = SyncVectorEnv([Script] * 3, autoreset_mode=AutoresetMode.SAME_STEP)
+
+    def policy(obs):  # an action says which step of the episode it was planned at, and its place
+        actions = np.zeros((3, horizon, 2))
+        actions[..., 0] = obs / 10
+        actions[..., 1] = np.arange(horizon) / 10
+        return actions
+
+    result = qflow.evaluate(policy, envs, 200, horizon, seed=1)
+    shares, outcomes = (67, 67, 66), []
+    for env, share in zip(envs.envs, shares):
+        assert len(env.episodes) > share
+        for actions in env.episodes[:share]:
+            outcomes.append((len(actions) == 1, len(actions)))
+            for step, (planned, place) in enumerate(actions):
+                assert planned == pytest.approx(step // horizon * horizon / 10)
+                assert place == pytest.approx(step % horizon / 10)
+    success, length = np.mean(outcomes, 0)
+    assert result == pytest.approx({"success": success, "return": length, "length": length})
+    assert 0.4 < success < 0.6
+    assert result == qflow.evaluate(policy, envs, 200, horizon, seed=1)
+    envs.close()
+
+
+def test_evaluation_without_success_is_nan_not_zero():
+    envs = common.make_envs("Pendulum-v1", 2)
+    policy = lambda obs: np.zeros((2, 1, 1))
+    result = qflow.evaluate(policy, envs, 3, 1, seed=0)
+    envs.close()
+    assert np.isnan(result["success"]) and result["length"] == 200 and result["return"] < -100
+
+
+# ------------------------------------------------------------------------------------- training
+
+
+def test_the_same_seed_gives_the_same_curve(tmp_path):
+    path = tmp_path / "data.npz"
+    common.collect_pointmaze("pointmaze-medium-navigate-v0", path, episodes=2, workers=1)
+    task = common.resolve_task("pointmaze-medium-navigate-v0")
+    dataset, _ = common.load_dataset(path, task, "cpu")
+    args = dict(SMALL, horizon=2, offline_steps=25, eval_interval=10, log_interval=5)
+
+    def run(seed, disturb):
+        torch.manual_seed(disturb)
+        np.random.seed(disturb)
+        folder = common.Run(tmp_path, f"run{seed}{disturb}")
+        settings = qflow.Args(seed=seed, eval_episodes=3, **args)
+        make = lambda: gymnasium.make(task.env_id, max_episode_steps=60)
+        envs = common.make_envs(make, 2)
+        nets = qflow.train(settings, dataset, envs, folder)
+        envs.close()
+        files = {}
+        for name in ("train.csv", "eval.csv"):
+            with open(folder.path / name) as file:
+                rows = list(csv.DictReader(file))
+            files[name] = [
+                {k: v for k, v in row.items() if not k.startswith("time_")} for row in rows
+            ]
+        return files, nets, folder
+
+    files, nets, folder = run(0, 1)
+    again, _, _ = run(0, 2)
+    other, _, _ = run(1, 1)
+    assert files == again and files["train.csv"] != other["train.csv"]
+    assert [row["step"] for row in files["train.csv"]] == ["5", "10", "15", "20", "25"]
+    assert [row["step"] for row in files["eval.csv"]] == ["10", "20", "25"]
+    assert list(files["eval.csv"][0]) == ["step", "episodes", "success", "return", "length"]
+    assert all(0 <= float(row["success"]) <= 1 for row in files["eval.csv"])
+
+    state = torch.load(folder.path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 25 and {"nets", "optimizer"} < set(state)
+    for name, value in nets.state_dict().items():
+        assert torch.equal(state["nets"][name], value)

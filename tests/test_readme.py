@@ -1,0 +1,66 @@
+"""What the README says is so: names, settings, commands; its snippet runs as it stands."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qflow
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+METHODS = {"Q-Flow": qflow}
+
+
+def section(title):
+    return re.split(r"^## ", TEXT.split(f"\n## {title}\n")[1], flags=re.M)[0]
+
+
+@pytest.mark.parametrize("title", METHODS)
+def test_the_named_functions_exist(title):
+    table = section(title).split("| equation |")[1].split("\n\n")[0]
+    names = re.findall(r"`(\w+)`", table)
+    assert len(names) >= 8
+    for name in names:
+        assert callable(getattr(METHODS[title], name)), name
+
+
+@pytest.mark.parametrize("title", METHODS)
+def test_the_settings_table_is_the_scripts(title):
+    module = METHODS[title]
+    rows = re.findall(r"^\| (\w+-[\w-]+) \| (.*) \|$", section(title), re.M)
+    table = {env: values.split(" | ") for env, values in rows}
+    assert set(table) == {env for env in module.SETTINGS if env != "pointmaze"}
+    for env, values in table.items():
+        assert values == [str(v) for v in module.SETTINGS[env].values()]
+
+
+def test_the_commands_parse():
+    flags = set(re.findall(r"--[a-z-]+", " ".join(re.findall(r"^python qflow.py.*$", TEXT, re.M))))
+    manual = subprocess.run(
+        [sys.executable, ROOT / "qflow.py", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    assert len(flags) >= 6
+    for flag in flags:
+        assert flag in manual
+
+
+def test_the_snippet_runs(tmp_path):
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
+    (tmp_path / "mine.py").write_text(
+        snippet + "\nprint('action', action.shape, abs(action) <= 1)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "mine.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "action (1,) [ True]" in result.stdout
+    assert list(tmp_path.glob("runs/Pendulum-v1__qflow__0__*/curve.png"))

@@ -1,0 +1,118 @@
+"""The scripts as a user starts them: real processes, in an empty home."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(home, *words):
+    """Run `python WORDS` outside of the repository, as somebody without any data."""
+    script, *flags = words
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, flags)],
+        cwd=home,
+        env={**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--env", "antmaze-gaint-navigate-v0"], "antmaze-giant-navigate-v0"),
+        (["--dataset", "nowhere.npz"], "nowhere.npz: no such file"),
+        (["--learning-rate", "3"], "--learning-rate"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--lr", "fast"], "fast"),
+        (["--hidden", "64", "0"], "--hidden 0"),
+        (["--hidden"], "--hidden"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path, flags, words):
+    result = start(tmp_path, "qflow.py", *flags)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("qflow.py: error: "), result.stderr
+    assert words in lines[0]
+    assert not list(tmp_path.iterdir())  # nothing was made before the mistake was found
+
+
+def test_help_is_the_manual(tmp_path):
+    result = start(tmp_path, "qflow.py", "--help")
+    assert result.returncode == 0 and result.stderr == ""
+    flags = set(re.findall(r"^\W*(--[a-z-]+)", result.stdout, re.M))
+    shared = (
+        "env task dataset seed device offline-steps batch-size lr discount tau hidden flow-steps "
+        "q-agg horizon eval-interval eval-episodes log-interval run-dir compile matmul-precision"
+    )
+    assert flags == {f"--{name}" for name in [*shared.split(), "lam", "time-dim"]}
+    assert re.search(r"antmaze-giant-navigate .* min .* 0\.995", result.stdout)
+    other = start(tmp_path, "qflow.py", "--env", "puzzle-3x3-play-v0", "--help").stdout
+    assert re.search(r"--lam FLOAT.*\(default: 20\.0\)", " ".join(other.split()))
+
+
+def test_the_default_runs_and_leaves_its_results(tmp_path):
+    flags = "--offline-steps 60 --eval-interval 30 --log-interval 20 --eval-episodes 4".split()
+    result = start(tmp_path, "qflow.py", *flags, "--seed", "3")
+    assert result.returncode == 0, result.stderr
+    kept = tmp_path / ".ogbench/collected/pointmaze-medium-navigate-v0.npz"
+    assert kept.exists() and not (tmp_path / ".ogbench/data").exists()
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("pointmaze-medium-navigate-singletask-v0__qflow__3__")
+    assert "mean of the last 2 evaluations: success" in result.stdout
+    assert str(kept) in result.stdout and "not official" in result.stdout
+    assert "60/60" in result.stderr and "Traceback" not in result.stderr
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["args"]["seed"] == 3 and config["args"]["offline_steps"] == 60
+    assert "not official" in config["dataset"]
+    with open(folder / "train.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["20", "40", "60"]
+    losses = "critic_loss", "value_loss", "policy_loss"
+    columns = ["step", *losses, "q_mean", "q_min", "q_max", "time_updates_per_s"]
+    assert list(rows[0]) == columns
+    assert all(0 < float(row[name]) < 1e6 for row in rows for name in losses)
+    assert (
+        (folder / "eval.csv").read_text().startswith("step,episodes,success,return,length\n30,4,")
+    )
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 60
+    assert (folder / "curve.png").stat().st_size > 10_000
+
+
+def test_bench_prints_one_line_of_json(tmp_path):
+    flags = "--method qflow --hidden 32 --batch-size 64 --flow-steps 4 --seconds 0.2".split()
+    result = start(tmp_path, "tests/bench_update.py", *flags)
+    assert result.returncode == 0, result.stderr
+    line = json.loads(result.stdout)
+    assert line["updates_per_s"] > 0 and line["ms_p10"] <= line["ms_median"] <= line["ms_p90"]
+    assert line["floor_ratio"] == pytest.approx(line["ms_median"] / line["floor_ms"], rel=1e-2)
+    assert line["peak_memory_mb"] > 50
+
+    # multiply-adds per row of one pass through each network, times the passes of an update
+    velocity, critic, value = (
+        sum(a * b for a, b in zip([n, 32, 32, 32, 32], [32, 32, 32, 32, out]))
+        for n, out in ((29 + 8 + 1, 8), (29 + 8, 1), (29 + 8 + 64, 1))
+    )
+    forward = 64 * 2e-9
+    rollouts = 2 * 4 * velocity
+    targets = 2 * 2 * critic
+    # backward: once more for the weights, and for the inputs of all layers but the first
+    learn = lambda net, first: 3 * net - first
+    trained = learn(velocity, 38 * 32) + 2 * learn(critic, 37 * 32) + 2 * learn(value, 101 * 32)
+    guidance = 2 * 2 * value
+    expected = forward * (rollouts + targets + trained + guidance)
+    assert line["gflop"] == pytest.approx(expected, rel=0.01)
