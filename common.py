@@ -9,13 +9,14 @@ import multiprocessing
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
 import time
+import warnings
 import zipfile
-import zlib
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,9 @@ import tyro
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 from ogbench.relabel_utils import relabel_dataset
 from tqdm import tqdm
+
+warnings.filterwarnings("ignore", message=".*DISPLAY environment variable")  # nothing is shown
+warnings.filterwarnings("ignore", message=".*precision lowered by casting")  # of OGBench's spaces
 
 
 class UserError(Exception):
@@ -42,24 +46,20 @@ def tuned(args_type, settings, env):
     return args_type(**{"env": env, **row})
 
 
-def settings_table(args_type, settings):
-    """Settings as text for --help: a column per flag that most rows set, other flags below."""
-    used = [name for row in settings.values() for name in row]
-    columns = [name for name in dict.fromkeys(used) if used.count(name) > len(settings) / 2]
-    lines = [f"{'environment':30}" + "".join(f"{name:10}" for name in columns)]
-    for env in [*settings, "any other"]:
-        values = vars(tuned(args_type, settings, env))
-        lines.append(f"{env:30}" + "".join(f"{values[name]:<10}" for name in columns))
-        rest = {k: v for k, v in settings.get(env, {}).items() if k not in columns}
-        words = (
-            f"{flag(k)} {' '.join(map(str, v)) if type(v) is tuple else v}" for k, v in rest.items()
-        )
-        lines += textwrap.wrap(" ".join(words), 90, initial_indent="  ", subsequent_indent="  ")
-    return "\n".join(f"    {line.rstrip()}" for line in lines)
-
-
 def flag(name):
     return "--" + name.replace("_", "-")
+
+
+def settings_table(args_type, settings):
+    """The settings as text for --help, environment by environment, as flags."""
+    *_, names = settings.values()
+    lines = []
+    for env, row in {**settings, "any other": vars(args_type())}.items():
+        names = row if env in settings else names
+        values = {k: " ".join(map(str, v)) if type(v) is tuple else v for k, v in row.items()}
+        words = f"{env:29}" + " ".join(f"{flag(name)} {values[name]}" for name in names)
+        lines += textwrap.wrap(words, 95, initial_indent="    ", subsequent_indent=" " * 33)
+    return "\n".join(lines)
 
 
 def parse_args(args_type, doc, settings):
@@ -80,13 +80,16 @@ def parse_args(args_type, doc, settings):
         text = re.split(" Argument helptext| For full helptext", text)[0]
         text = re.sub(r"(Perhaps you meant: --\S+).*", r"\1", text)
         raise UserError(f"{text} (--help lists all flags)") from None
+    largest = {"discount": 1, "tau": 1, "seed": 2**31 - 1}
     for name, value in vars(args).items():
         if value == ():
             raise UserError(f"{flag(name)}: needs at least one number")
         for x in value if type(value) is tuple else (value,):
-            free = type(x) not in (int, float) or name in ("seed", "task")
-            if not free and not 0 < x < float("inf"):
-                raise UserError(f"{flag(name)} {x}: must be a number greater than 0")
+            if type(x) in (int, float):
+                if not x > 0 and name not in ("seed", "task") or x < 0 or x != x:
+                    raise UserError(f"{flag(name)} {x}: must be greater than 0")
+                if x > largest.get(name, 1e15):
+                    raise UserError(f"{flag(name)} {x}: must be at most {largest.get(name, 1e15)}")
     return args
 
 
@@ -102,7 +105,7 @@ def cli(main):
         sys.exit(130)
 
 
-def pick_device(name):
+def pick_device(name, compile=False):
     """'auto', 'cpu', 'cuda' or 'cuda:N' -> torch.device. Raises UserError."""
     count = torch.cuda.device_count()
     if name == "auto":
@@ -110,6 +113,11 @@ def pick_device(name):
     cuda = re.fullmatch(r"cuda(:\d+)?", name)
     if name != "cpu" and not (cuda and int((cuda[1] or ":0")[1:]) < count):
         raise UserError(f"--device {name}: must be cpu or one of the {count} CUDA devices found")
+    compilers = os.environ.get("CXX", "g++"), "g++", "clang++"
+    if compile and name == "cpu" and not any(map(shutil.which, compilers)):
+        raise UserError(
+            "--compile: needs a C++ compiler on the CPU, and neither g++ nor clang++ is"
+        )
     return torch.device(name)
 
 
@@ -153,30 +161,20 @@ def resolve_task(env, task=0):
     return Task(f"{base}-{kind}-{suffix}-{version}", dataset, f"{base}-{suffix}-{version}")
 
 
-@contextmanager
-def numpy_random_state(seed):
-    """NumPy's global generator seeded inside, and outside as if nothing had happened."""
-    before = np.random.get_state()
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(before)
-
-
 class SeededReset(gymnasium.Wrapper):
-    """Makes each reset follow from the last seed: OGBench draws from NumPy's global generator.
+    """Makes episodes follow from the last seed: OGBench draws from NumPy's global generator.
 
-    Of a step's info it keeps `success`; the rest would be copied between processes for nothing.
+    For an environment that has its process to itself. Of a step's info it keeps `success`; the
+    rest would be copied between processes for nothing.
     """
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.seeds = np.random.default_rng(seed)
         number = int(self.seeds.integers(2**31))
+        np.random.seed(number)
         self.env.action_space.seed(number)
-        with numpy_random_state(number):
-            obs, _ = self.env.reset(seed=number, options=options)
+        obs, _ = self.env.reset(seed=number, options=options)
         return obs, {}
 
     def step(self, action):
@@ -216,15 +214,17 @@ class Dataset:
     def __init__(
         self, observations, actions, next_observations, rewards, masks, terminals, device="cpu"
     ):
-        n = len(actions)
-        matrices = dict(
-            observations=observations, actions=actions, next_observations=next_observations
-        )
-        vectors = dict(rewards=rewards, masks=masks, terminals=terminals)
-        for name, array in {**matrices, **vectors}.items():
-            shape = (n, *observations.shape[1:]) if "obs" in name else (n, *array.shape[1:])
-            if array.shape != shape or array.ndim != (2 if name in matrices else 1) or n == 0:
-                raise ValueError(f"{name} has shape {array.shape}, actions {actions.shape}")
+        n, obs_dim = len(actions), observations.shape[1:]
+        for name, array, shape in [
+            ("actions", actions, (n, *actions.shape[1:2])),
+            ("observations", observations, (n, *obs_dim[:1])),
+            ("next_observations", next_observations, (n, *obs_dim[:1])),
+            ("rewards", rewards, (n,)),
+            ("masks", masks, (n,)),
+            ("terminals", terminals, (n,)),
+        ]:
+            if array.shape != shape or n == 0:
+                raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
             if not np.isfinite(array).all():
                 row = np.argwhere(~np.isfinite(array))[0, 0]
                 raise ValueError(f"{name} has NaN or infinity, first in row {row}")
@@ -234,7 +234,7 @@ class Dataset:
         ends = terminals.astype(bool)
         ends[-1] = True
         rows = np.arange(n) + np.cumsum(ends) - ends  # an episode's last next_observation is extra
-        stored = np.empty((n + ends.sum(), observations.shape[1]), np.float32)
+        stored = np.empty((n + ends.sum(), *obs_dim), np.float32)
         stored[rows] = observations
         stored[rows[ends] + 1] = next_observations[ends]
         wrong = (stored[rows + 1] != next_observations.astype(np.float32)).any(1)
@@ -275,8 +275,6 @@ class Dataset:
     def sample(self, batch_size, horizon=1, discount=1.0, generator=None):
         """Batch of chunks with uniformly drawn starts; never waits for the device."""
         starts, device = len(self) - horizon + 1, self.actions.device
-        if starts < 1:
-            raise UserError(f"--horizon {horizon}: the dataset has only {len(self)} transitions")
         starts = torch.randint(starts, (batch_size,), device=device, generator=generator)
         return self.chunks(starts, horizon, discount)
 
@@ -286,85 +284,87 @@ def load_dataset(path, task, device):
 
     Raises UserError, which names the file and what is wrong with it.
     """
-    try:
-        with np.load(path) as file:
-            source = str(file["source"]) if "source" in file else None
-        data = ogbench.load_dataset(path, add_info=True)
-        with gymnasium.make(task.env_id) as env, numpy_random_state(0):
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with gymnasium.make(task.env_id) as env:
+        sizes = env.observation_space.shape + env.action_space.shape
+        try:
+            if not zipfile.is_zipfile(path):
+                raise ValueError("not an npz file, or the end of one is missing")
+            with np.load(path) as file:
+                source = str(file["source"]) if "source" in file else None
+                for name in ("observations", "actions", "terminals", "qpos"):
+                    if name not in file:
+                        raise ValueError(f"has no {name}")
+            data = ogbench.load_dataset(path, add_info=True)
+            for name, array in data.items():
+                if len(array) != len(data["observations"]):
+                    raise ValueError(f"{name} has the wrong length, or the last terminal is not 1")
+                if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+                    raise ValueError(f"{name} has NaN, infinity, or no real numbers")
             relabel_dataset(task.env_id, env, data)
-            sizes = env.observation_space.shape + env.action_space.shape
-        found = data["observations"].shape[1:] + data["actions"].shape[1:]
-        if found != sizes:
-            raise ValueError(f"observation and action sizes are {found}, the environment's {sizes}")
-        data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)  # as the authors do
-        names = "observations", "actions", "next_observations", "rewards", "masks", "terminals"
-        return Dataset(*(data[name] for name in names), device=device), source
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except KeyError as e:
-        raise UserError(f"{path}: has no {e}, which {task.env_id} needs") from None
-    except (
-        ValueError,
-        TypeError,
-        IndexError,
-        OSError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as e:
-        raise UserError(f"{path}: not a usable dataset: {' '.join(str(e).split())}") from None
+            found = data["observations"].shape[1:] + data["actions"].shape[1:]
+            if found != sizes:
+                raise ValueError(f"observation, action sizes {found}, the environment has {sizes}")
+            data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)  # as the authors do
+            names = "observations actions next_observations rewards masks terminals".split()
+            return Dataset(*(data[name] for name in names), device=device), source
+        except Exception as e:  # a damaged zip can raise anything; all of it means the same
+            cause = "arrays differ in length" if isinstance(e, IndexError) else str(e)
+            raise UserError(f"{path}: not a usable dataset: {' '.join(cause.split())}") from None
 
 
-def get_dataset(task, path, device):
+def get_dataset(task, path, device, horizon=1):
     """The dataset for a task, and a line that says where it came from. Raises UserError.
 
     In this order: the file `path`; the official one in ~/.ogbench/data; for pointmaze-*-navigate
     a small one collected here and kept in ~/.ogbench/collected; OGBench's own download.
     """
     official = Path("~/.ogbench/data").expanduser() / f"{task.dataset}.npz"
-    collected = official.parents[1] / "collected" / official.name
-    note = "official file" if path is None else "given by --dataset"
-    if path is None and not official.exists() and re.match("pointmaze-.*-nav", task.dataset):
-        path = collected
-    path = path or official
-    if path == collected and not path.exists():
-        collect_pointmaze(task.dataset, path)
-    elif path == official and not path.exists():
-        download(task.dataset, path)
+    note = "given by --dataset" if path else "official file"
+    if not path and not official.exists() and re.match("pointmaze-.*-nav", task.dataset):
+        path = official.parents[1] / "collected" / official.name
+        if not path.exists():
+            collect_pointmaze(task.dataset, path)
+    elif not path:
+        path = official
+        try:
+            if not path.exists():
+                ogbench.download_datasets([task.dataset], path.parent)
+        except Exception as e:  # whatever network and disk can raise
+            if not path.exists():  # else only the -val.npz is missing, which nothing here needs
+                how = f"put {path.name} into {path.parent} by hand, or name it with --dataset"
+                raise UserError(f"{task.dataset}: download failed ({e}); {how}") from None
     dataset, source = load_dataset(path, task, device)
+    if horizon > len(dataset):
+        raise UserError(f"--horizon {horizon}: {path} has only {len(dataset)} transitions")
     return dataset, f"{path} ({source or note})"
-
-
-def download(name, path):
-    """OGBench's own download of NAME.npz to `path`. Raises UserError if that does not arrive."""
-    try:
-        ogbench.download_datasets([name], path.parent)
-    except Exception as e:  # whatever network and disk can raise
-        if not path.exists():  # otherwise only the -val.npz is missing, which nothing here needs
-            raise UserError(
-                f"{name}: download failed ({e}); "
-                f"put {name}.npz into {path.parent} by hand, or name it with --dataset"
-            ) from None
 
 
 def write_atomically(path, write):
     """write(file) under a temporary name, then rename: nobody ever sees half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def collect_pointmaze(name, path, episodes=100, workers=None, seed=0):
+def collect_pointmaze(name, path, episodes=300, workers=None, seed=0):
     """Write a pointmaze-*-navigate dataset to `path`, the same one for any number of workers."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"{path.parent}: cannot keep the collected data there: {e}") from None
     steps = 2001 if "giant" in name else 1001
     jobs = [(name.replace("-navigate", ""), steps, [seed, i]) for i in range(episodes)]
     with multiprocessing.Pool(workers) as pool:
-        episodes_done = pool.imap(collect_episode, jobs)
-        parts = list(tqdm(episodes_done, f"collecting {name}", episodes, unit=" episodes"))
+        results = pool.imap(collect_episode, jobs)
+        parts = list(tqdm(results, f"collecting {name}", episodes, unit=" episodes"))
     data = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
     source = f"collected by OGBench's protocol, {episodes} episodes, seed {seed}; not official"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: np.savez_compressed(file, source=source, **data))
 
 
@@ -376,18 +376,16 @@ def collect_episode(job):
     """
     env_id, steps, seed = job
     rng = np.random.default_rng(seed)
-    with (
-        gymnasium.make(env_id, terminate_at_goal=False, max_episode_steps=steps) as env,
-        numpy_random_state(seed),
-    ):
+    number = int(rng.integers(2**31))
+    np.random.seed(number)
+    with gymnasium.make(env_id, terminate_at_goal=False, max_episode_steps=steps) as env:
         maze = env.unwrapped
         free = maze.maze_map == 0
         up, down, left, right = (np.roll(free, s, axis) for axis in (0, 1) for s in (1, -1))
-        hallway = (up == down) & (left == right) & (up != left)
+        goals = free & ~((up == down) & (left == right) & (up != left))
         pick = lambda cells: tuple(rng.choice(np.argwhere(cells)))
-        task_info = dict(init_ij=pick(free), goal_ij=pick(free & ~hallway))
-        number = int(rng.integers(2**31))
         env.action_space.seed(number)
+        task_info = dict(init_ij=pick(free), goal_ij=pick(goals))
         obs, _ = env.reset(seed=number, options=dict(task_info=task_info))
         rows, done = [], False
         while not done:
@@ -399,7 +397,7 @@ def collect_episode(job):
             rows.append((obs, action, info["prev_qpos"], info["prev_qvel"], done))
             obs = next_obs
             if info["success"]:
-                maze.set_goal(pick(free & ~hallway))
+                maze.set_goal(pick(goals))
     names = "observations", "actions", "qpos", "qvel", "terminals"
     return {k: np.array(column, np.float32) for k, column in zip(names, zip(*rows))}
 
@@ -409,27 +407,27 @@ def collect_episode(job):
 
 def commit():
     """The commit of this checkout, with a + if files have changed since; None outside of git."""
-    git = lambda *words: subprocess.run(
-        ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    words = "git describe --always --abbrev=40 --dirty=+ --exclude *".split()
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
+        here = Path(__file__).parent
+        return (
+            subprocess.run(words, cwd=here, capture_output=True, text=True).stdout.strip() or None
+        )
+    except OSError:  # no git
         return None
 
 
 class Run:
     """A run's folder: config.json, CSV files, curve.png, checkpoint.pt. Raises UserError."""
 
-    def __init__(self, root, name, **config):
-        self.path = Path(root) / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
-        while self.path.exists():  # two runs in one second
-            self.path = self.path.with_name(self.path.name + "b")
-        self.files, self.warned = {}, False
+    def __init__(self, root, name, config):
         packages = "torch", "numpy", "gymnasium", "ogbench", "mujoco"
         versions = {name: importlib.metadata.version(name) for name in packages}
-        config["versions"] = {"python": platform.python_version(), **versions}
-        config["threads"], config["commit"] = torch.get_num_threads(), commit()
+        versions["python"] = platform.python_version()
+        threads = torch.get_num_threads()
+        config = {**config, "versions": versions, "threads": threads, "commit": commit()}
+        self.files, self.warned = {}, False
+        self.path = Path(root) / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
         try:
             self.path.mkdir(parents=True)
             text = json.dumps(config, indent=2, default=str) + "\n"
@@ -461,18 +459,16 @@ class Run:
 
     def plot(self):
         """Draw curve.png from the CSV files."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure  # here, since it takes a second
 
         def read(name):
             with open(self.path / name, newline="") as file:
                 header, *rows = csv.reader(file)
             return dict(zip(header, np.array(rows, float).T))
 
-        figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13, 3.5), layout="constrained")
+        figure = Figure(figsize=(13, 3.5), layout="constrained")
         figure.suptitle(self.path.name)
+        left, middle, right = figure.subplots(1, 3)
         if "eval.csv" in self.files:
             rows = read("eval.csv")
             known = not np.isnan(rows["success"]).all()
@@ -484,13 +480,11 @@ class Run:
             for name in (name for name in rows if name.endswith("_loss")):
                 middle.plot(rows["step"], rows[name], linewidth=1, label=name.removesuffix("_loss"))
             middle.set(title="losses", yscale="log")
-            middle.legend()
             right.plot(rows["step"], rows["q_mean"], linewidth=1, label="mean")
             right.fill_between(rows["step"], rows["q_min"], rows["q_max"], alpha=0.2, label="range")
             right.set(title="Q in a batch")
-            right.legend()
+            middle.legend(), right.legend()
         for axes in (left, middle, right):
             axes.set_xlabel("updates")
             axes.grid(alpha=0.3)
         figure.savefig(self.path / "curve.png")
-        plt.close(figure)

@@ -20,6 +20,7 @@ Doo, Jeon, Ye, Lee, Seo: Q-Flow, ICML 2026, https://arxiv.org/abs/2605.13435
 
 import copy
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -84,7 +85,8 @@ class Args:
 # Defaults per environment: the paper's, and for pointmaze our own, small enough for a laptop.
 SETTINGS = {
     "pointmaze": dict(
-        offline_steps=20_000, eval_interval=2_000, lr=1e-3, tau=0.01, hidden=(64,) * 4, horizon=5
+        **dict(lam=2.0, time_dim=64, q_agg="min", discount=0.995, horizon=5, hidden=(64,) * 4),
+        **dict(offline_steps=25_000, eval_interval=2_500, lr=5e-4, tau=0.01),
     ),
     "antmaze-large-navigate": dict(lam=0.2, time_dim=64, q_agg="mean", discount=0.99),
     "antmaze-giant-navigate": dict(lam=0.2, time_dim=64, q_agg="min", discount=0.995),
@@ -102,7 +104,7 @@ SETTINGS = {
 # ------------------------------------------------------------------------------------- networks
 
 
-class Linear(nn.Module):
+class EnsembleLinear(nn.Module):
     """`ensemble` linear layers side by side: (B, in) or (ensemble, B, in) -> (ensemble, B, out)."""
 
     def __init__(self, in_dim, out_dim, ensemble):
@@ -116,7 +118,7 @@ class Linear(nn.Module):
         return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
 
 
-class LayerNorm(nn.Module):
+class EnsembleLayerNorm(nn.Module):
     """LayerNorm, scale and bias separate for each member: (ensemble, B, dim) -> same shape."""
 
     def __init__(self, dim, ensemble):
@@ -134,10 +136,10 @@ class MLP(nn.Sequential):
     def __init__(self, in_dim, hidden, out_dim, ensemble=1, layer_norm=False):
         layers = []
         for width in hidden:
-            layers += [Linear(in_dim, width, ensemble), nn.GELU(approximate="tanh")]
-            layers += [LayerNorm(width, ensemble)] if layer_norm else []
+            layers += [EnsembleLinear(in_dim, width, ensemble), nn.GELU(approximate="tanh")]
+            layers += [EnsembleLayerNorm(width, ensemble)] if layer_norm else []
             in_dim = width
-        super().__init__(*layers, Linear(in_dim, out_dim, ensemble))
+        super().__init__(*layers, EnsembleLinear(in_dim, out_dim, ensemble))
 
 
 class Critic(nn.Module):
@@ -203,9 +205,9 @@ def rollout(velocity, obs, x, t, flow_steps):
     return x.clamp(-1, 1)
 
 
-def sample_actions(velocity, obs, x0, flow_steps):
+def sample_actions(nets, obs, x0, args):
     """The policy: noise x_0 ~ N(0, I) to actions in [-1, 1]. (B, O), (B, A) -> (B, A)."""
-    return rollout(velocity, obs, x0, torch.zeros_like(x0[:, :1]), flow_steps)
+    return rollout(nets.velocity, obs, x0, torch.zeros_like(x0[:, :1]), args.flow_steps)
 
 
 # --------------------------------------------------------------------------------------- losses
@@ -240,7 +242,7 @@ def aggregate(q, q_agg):
 @torch.no_grad()
 def critic_target(nets, batch, x0, args):
     """r + discount^h * mask * Q'(s', a'), with a' from the current policy: (B,)."""
-    next_actions = sample_actions(nets.velocity, batch.next_observations, x0, args.flow_steps)
+    next_actions = sample_actions(nets, batch.next_observations, x0, args)
     next_q = aggregate(nets.target_critic(batch.next_observations, next_actions), args.q_agg)
     return batch.rewards + args.discount**args.horizon * batch.masks * next_q
 
@@ -258,11 +260,15 @@ def guidance(value, obs, xt, t):
     return torch.func.grad(lambda x: value(obs, x, t).mean(0).sum())(xt)
 
 
+# Each loss returns itself and what to log.
+
+
 def critic_loss(nets, batch, x0, args):
-    """TD learning. Also returns Q(s, a), (2, B), for the log."""
+    """TD learning."""
     q = nets.critic(batch.observations, batch.actions)
     error = q - critic_target(nets, batch, x0, args)
-    return (batch.valid[:, -1] * error**2).mean(), q.detach()
+    loss = (batch.valid[:, -1] * error**2).mean()
+    return loss, dict(critic_loss=loss, q_mean=q.mean(), q_min=q.amin(), q_max=q.amax())
 
 
 def value_loss(nets, batch, x0, t, args):
@@ -270,7 +276,8 @@ def value_loss(nets, batch, x0, t, args):
     xt = (1 - t) * x0 + t * batch.actions
     v = aggregate(nets.value(batch.observations, xt, t), args.q_agg)
     error = v - value_target(nets, batch.observations, xt, t, args)
-    return (batch.valid[:, -1] * error**2).mean()
+    loss = (batch.valid[:, -1] * error**2).mean()
+    return loss, dict(value_loss=loss)
 
 
 def policy_loss(nets, batch, x0, t, args):
@@ -278,17 +285,17 @@ def policy_loss(nets, batch, x0, t, args):
     xt = (1 - t) * x0 + t * batch.actions
     target = batch.actions - x0 + guidance(nets.value, batch.observations, xt, t) / args.lam
     error = nets.velocity(batch.observations, xt, t) - target
-    return (batch.valid[:, -1:] * error**2).mean()
+    loss = (batch.valid[:, -1:] * error**2).mean()
+    return loss, dict(policy_loss=loss)
 
 
 def total_loss(nets, batch, draws, args):
-    """The sum of the losses and what to log. Each loss has gradients for its own network only."""
-    td, q = critic_loss(nets, batch, draws.next_x0, args)
-    value = value_loss(nets, batch, draws.value_x0, draws.value_t, args)
-    policy = policy_loss(nets, batch, draws.policy_x0, draws.policy_t, args)
-    metrics = dict(critic_loss=td.detach(), value_loss=value.detach(), policy_loss=policy.detach())
-    metrics.update(q_mean=q.mean(), q_min=q.amin(), q_max=q.amax())
-    return td + value + policy, metrics
+    """The sum of the losses. Each has gradients for its own network only."""
+    critic, critic_log = critic_loss(nets, batch, draws.next_x0, args)
+    value, value_log = value_loss(nets, batch, draws.value_x0, draws.value_t, args)
+    policy, policy_log = policy_loss(nets, batch, draws.policy_x0, draws.policy_t, args)
+    metrics = {**critic_log, **value_log, **policy_log}
+    return critic + value + policy, {name: x.detach() for name, x in metrics.items()}
 
 
 # --------------------------------------------------------------------------------------- update
@@ -307,7 +314,7 @@ def update(nets, optimizer, batch, draws, args, loss=total_loss):
     total.backward()
     with torch.no_grad():  # before Adam: the target mixes in the critic that it was compared with
         for target, online in zip(nets.target_critic.parameters(), nets.critic.parameters()):
-            target.lerp_(online, args.tau)
+            target.mul_(1 - args.tau).add_(online, alpha=args.tau)
     optimizer.step()
     return metrics
 
@@ -319,28 +326,28 @@ def evaluate(policy, envs, episodes, horizon, seed):
     """Mean success (NaN if the environment has none), return and length over `episodes` episodes.
 
     policy: observations (N, O) -> actions (N, horizon, A), as NumPy arrays. envs: N environments
-    that reset in the step that ends an episode. Each runs a fixed share of the episodes: the first
-    ones to finish anywhere would mostly be the short, successful ones.
+    with autoreset mode SAME_STEP. Each runs a fixed share of the episodes: those that finish first
+    anywhere would mostly be the short, successful ones.
     """
     n = envs.num_envs
     quota = np.full(n, episodes // n)
     quota[: episodes % n] += 1
     obs, _ = envs.reset(seed=[seed * n + i for i in range(n)])
     chunks = np.zeros((n, horizon, *envs.single_action_space.shape), np.float32)
-    left, returns, lengths = np.zeros(n, int), np.zeros(n), np.zeros(n, int)
-    results = []
+    place = np.full(n, horizon)  # of the next action in the chunk; horizon: a new chunk is due
+    returns, lengths, results = np.zeros(n), np.zeros(n, int), []
     while quota.any():
-        if not left.all():  # somebody has come to the end of its chunk
-            chunks[left == 0] = policy(obs)[left == 0]
-            left[left == 0] = horizon
-        obs, rewards, terminated, truncated, infos = envs.step(chunks[np.arange(n), -left])
-        left, returns, lengths = left - 1, returns + rewards, lengths + 1
+        due = place == horizon
+        if due.any():
+            chunks[due], place[due] = policy(obs)[due], 0
+        obs, rewards, terminated, truncated, infos = envs.step(chunks[np.arange(n), place])
+        place, returns, lengths = place + 1, returns + rewards, lengths + 1
         for i in np.flatnonzero(terminated | truncated):
             if quota[i] > 0:
                 success = infos["final_info"].get("success", np.full(n, np.nan))[i]
                 results.append((success, returns[i], lengths[i]))
                 quota[i] -= 1
-            left[i] = returns[i] = lengths[i] = 0
+            place[i], returns[i], lengths[i] = horizon, 0, 0
     return dict(zip(("success", "return", "length"), np.mean(results, 0).tolist()))
 
 
@@ -350,8 +357,8 @@ def evaluate(policy, envs, episodes, horizon, seed):
 def train(args, dataset, envs, run):
     """Train on `dataset`, evaluate in `envs`, write to `run`; returns the networks."""
     device = dataset.actions.device
-    torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.manual_seed(args.seed + 2**31)  # for the networks; not the generator's random numbers
     generator = torch.Generator(device).manual_seed(args.seed)
     eval_generator = torch.Generator(device)
     obs_dim, action_dim = dataset.observations.shape[1], args.horizon * dataset.actions.shape[1]
@@ -363,13 +370,13 @@ def train(args, dataset, envs, run):
     def policy(obs):
         obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
         x0 = torch.randn(len(obs), action_dim, device=device, generator=eval_generator)
-        actions = sample_actions(nets.velocity, obs, x0, args.flow_steps)
+        actions = sample_actions(nets, obs, x0, args)
         return actions.view(len(obs), args.horizon, -1).cpu().numpy()
 
     q_bounds = dataset.q_bounds(args.discount)
     evaluations, shown = [], {}
+    logged_step, logged_time = 0, time.perf_counter()
     progress = tqdm(total=args.offline_steps, unit=" updates", dynamic_ncols=True)
-    last, start = 0, time.perf_counter()
     for step in range(1, args.offline_steps + 1):
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
         metrics = update(nets, optimizer, batch, draw(batch.actions, generator), args, loss)
@@ -377,15 +384,15 @@ def train(args, dataset, envs, run):
 
         if step % args.log_interval == 0 or step == args.offline_steps:
             row = {name: value.item() for name, value in metrics.items()}
-            speed = (step - last) / (time.perf_counter() - start)
+            speed = (step - logged_step) / (time.perf_counter() - logged_time)
             run.log("train.csv", step=step, **row, time_updates_per_s=round(speed, 1))
             run.check_q(step, row["q_min"], row["q_max"], q_bounds)
-            shown.update({k: f"{v:.3g}" for k, v in row.items() if k.endswith("_loss")})
+            shown.update({k[:-5]: f"{v:.3g}" for k, v in row.items() if k.endswith("_loss")})
             progress.set_postfix(shown)
-            last, start = step, time.perf_counter()
+            logged_step, logged_time = step, time.perf_counter()
 
         if step % args.eval_interval == 0 or step == args.offline_steps:
-            pause = time.perf_counter()
+            eval_start = time.perf_counter()
             eval_generator.manual_seed(args.seed + step)
             result = evaluate(policy, envs, args.eval_episodes, args.horizon, args.seed + step)
             evaluations.append(result)
@@ -394,7 +401,7 @@ def train(args, dataset, envs, run):
             run.plot()
             shown["success"] = f"{result['success']:.0%}"
             progress.set_postfix(shown)
-            start += time.perf_counter() - pause
+            logged_time += time.perf_counter() - eval_start  # does not count as updates
     progress.close()
     score = {k: np.mean([e[k] for e in evaluations[-3:]]) for k in evaluations[0]}
     print(
@@ -406,17 +413,21 @@ def train(args, dataset, envs, run):
 
 def main():
     args = common.parse_args(Args, __doc__, SETTINGS)
+    if args.time_dim % 2:
+        raise common.UserError(f"--time-dim {args.time_dim}: must be even")
     task = common.resolve_task(args.env, args.task)
-    device = common.pick_device(args.device)
-    dataset, source = common.get_dataset(task, args.dataset, device)
-    name = f"{task.name}__qflow__{args.seed}"
-    run = common.Run(args.run_dir, name, args=vars(args), dataset=source)
+    device = common.pick_device(args.device, args.compile)
+    dataset, source = common.get_dataset(task, args.dataset, device, args.horizon)
+    run = common.Run(
+        args.run_dir,
+        f"{task.name}__{Path(__file__).stem}__{args.seed}",
+        dict(args=vars(args), device=str(device), dataset=source),
+    )
     print(f"{task.name}: {len(dataset)} transitions, {dataset.episodes} episodes, from {source}")
     print("settings:", ", ".join(f"{k}={v}" for k, v in vars(args).items()))
     print(f"device: {device}, writing to {run.path}")
-    envs = common.make_envs(task.env_id, min(args.eval_episodes, 25))
-    train(args, dataset, envs, run)
-    envs.close()
+    with closing(common.make_envs(task.env_id, min(args.eval_episodes, 25))) as envs:
+        train(args, dataset, envs, run)
 
 
 if __name__ == "__main__":

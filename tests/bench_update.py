@@ -101,7 +101,18 @@ def main():
         draws = method.draw(batch.actions, None)
         return method.update(nets, optimizer, batch, draws, settings, loss)
 
+    if args.compile:
+        loss = torch.compile(method.total_loss, fullgraph=True)
+    start = time.perf_counter()
     update()
+    first = time.perf_counter() - start
+    median, low, high = milliseconds(update, args.seconds, device, burn_in=20)
+    if device.type == "cuda":
+        name, memory = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
+    else:
+        name, memory = "cpu", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    loss = method.total_loss
     with RecordProducts() as record:
         update()
     flop = sum(2 * a.numel() * b.shape[-1] for a, b in record.operands)
@@ -112,17 +123,7 @@ def main():
         for (a, b), out in zip(record.operands, outs):
             torch.matmul(a, b, out=out)
 
-    if args.compile:
-        loss = torch.compile(method.total_loss, fullgraph=True)
-    start = time.perf_counter()
-    update()
-    first = time.perf_counter() - start
-    median, low, high = milliseconds(update, args.seconds, device, burn_in=20)
     floor, *_ = milliseconds(products, args.seconds, device, burn_in=5)
-    if device.type == "cuda":
-        name, memory = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
-    else:
-        name, memory = "cpu", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     result = dict(
         **vars(args),
         updates_per_s=round(1000 / median, 1),

@@ -136,17 +136,11 @@ def test_a_million_antmaze_transitions_fit_in_a_third_of_a_gigabyte():
     assert len(data.observations) == n + data.episodes == n + 100
 
 
-def test_chunks_longer_than_the_dataset_are_refused():
-    dataset = common.Dataset(**random_dataset(np.random.default_rng(0)))
-    with pytest.raises(common.UserError, match="--horizon 18"):
-        dataset.sample(4, horizon=18)
-
-
 @pytest.mark.parametrize(
     "change, words",
     [
         (dict(rewards=np.zeros(3)), "rewards has shape"),
-        (dict(observations=np.zeros((17, 2))), "has shape"),
+        (dict(observations=np.zeros((17, 2))), "next_observations has shape (17, 3)"),
         (dict(next_observations=np.zeros((16, 3))), "next_observations has shape"),
         (dict(masks=np.full(17, np.nan)), "masks has NaN or infinity, first in row 0"),
         (dict(actions=np.full((17, 2), 1.5)), "actions must be in [-1, 1], found 1.5"),
@@ -215,19 +209,23 @@ def test_damaged_files_are_one_line_that_names_file_and_cause(collected, tmp_pat
         array[7] = np.nan
         return array
 
+    short, nan_rows = "wrong length", "NaN"
     cases = {
-        "no_actions": (without("actions"), "actions"),
-        "no_qpos": (without("qpos"), "qpos"),
-        "short_actions": (put("actions", lambda a: a[:-5]), ""),
-        "short_qpos": (put("qpos", lambda a: a[:-5]), ""),
-        "no_end": (put("terminals", lambda a: np.zeros_like(a)), ""),
+        "no_actions": (without("actions"), "has no actions"),
+        "no_qpos": (without("qpos"), "has no qpos"),
+        "short_actions": (put("actions", lambda a: a[:-5]), "differ in length"),
+        "short_qpos": (put("qpos", lambda a: a[:-5]), "differ in length"),
+        "cut": (lambda a: a.update({k: v[:-1] for k, v in a.items() if v.ndim}), short),
+        "no_end": (put("terminals", lambda a: np.zeros_like(a)), short),
         "all_ends": (put("terminals", lambda a: np.ones_like(a)), ""),
-        "flat": (put("observations", lambda a: a.ravel()), ""),
+        "flat": (put("observations", lambda a: a.ravel()), "differ in length"),
         "empty": (lambda a: a.update({k: v[:0] for k, v in a.items() if v.ndim}), ""),
-        "nan": (put("observations", one_nan), "NaN"),
-        "wide": (put("observations", lambda a: np.tile(a, (1, 2))), "(4, 2), the environment's"),
+        "nan": (put("observations", one_nan), nan_rows),
+        "nan_qpos": (put("qpos", one_nan), nan_rows),
+        "complex": (put("qpos", lambda a: a.astype(complex)), "no real numbers"),
+        "wide": (put("observations", lambda a: np.tile(a, (1, 2))), "(4, 2), the environment"),
         "object": (put("actions", lambda a: a.astype(object)), "bject"),
-        "words": (put("actions", lambda a: a.astype(str)[:, :1].repeat(2, 1) + "x"), ""),
+        "words": (put("actions", lambda a: a.astype(str)[:, :1].repeat(2, 1) + "x"), "convert"),
     }
     for name, (damage, words) in cases.items():
         path = tmp_path / f"{name}.npz"
@@ -244,8 +242,9 @@ def test_damaged_files_are_one_line_that_names_file_and_cause(collected, tmp_pat
     for name, content in {**files, "hole": bytes(hole)}.items():
         path = tmp_path / f"{name}.npz"
         path.write_bytes(content)
-        with pytest.raises(common.UserError, match=re.escape(str(path))):
+        with pytest.raises(common.UserError, match=re.escape(str(path))) as e:
             common.load_dataset(path, TASK, "cpu")
+        assert name == "hole" or "not an npz file" in str(e.value)
     with pytest.raises(common.UserError, match="no such file"):
         common.load_dataset(tmp_path / "absent.npz", TASK, "cpu")
     array = tmp_path / "array.npy"
@@ -290,10 +289,16 @@ def test_sources_are_tried_in_order(collected, tmp_path, monkeypatch):
     damaged(collected, official, lambda a: a.pop("source"))
     assert common.get_dataset(TASK, None, "cpu")[1] == f"{official} (official file)"
     stitch = common.resolve_task("pointmaze-medium-stitch-v0")  # the oracle does not collect these
-    monkeypatch.setattr(common, "download", lambda name, path: calls.append(path))
+    fetch = lambda names, folder: calls.append((names, folder))
+    monkeypatch.setattr(common.ogbench, "download_datasets", fetch)
     with pytest.raises(common.UserError, match="no such file"):
         common.get_dataset(stitch, None, "cpu")
-    assert calls[1:] == [official.with_name("pointmaze-medium-stitch-v0.npz")]
+    assert calls[1:] == [(["pointmaze-medium-stitch-v0"], official.parent)]
+    for path in (official.with_name("absent.npz"), kept.with_name("absent.npz")):
+        with pytest.raises(common.UserError, match="no such file"):
+            common.get_dataset(TASK, path, "cpu")
+    with pytest.raises(common.UserError, match="--horizon 3001"):
+        common.get_dataset(TASK, None, "cpu", horizon=3001)
     given = tmp_path / "mine.npz"
     given.write_bytes(official.read_bytes())
     assert common.get_dataset(TASK, given, "cpu")[1] == f"{given} (given by --dataset)"
@@ -315,10 +320,9 @@ def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
 
 
 def test_run_folder(tmp_path):
-    run = common.Run(tmp_path / "runs", "env__method__0", args=dict(lam=1.0), dataset="somewhere")
-    again = common.Run(tmp_path / "runs", "env__method__0")
-    assert run.path != again.path
-    assert re.fullmatch(r"env__method__0__\d{8}-\d{6}b?", run.path.name)
+    config = dict(args=dict(lam=1.0), dataset="somewhere")
+    run = common.Run(tmp_path / "runs", "env__method__0", config)
+    assert re.fullmatch(r"env__method__0__\d{8}-\d{6}", run.path.name)
     config = json.loads((run.path / "config.json").read_text())
     assert config["args"] == {"lam": 1.0} and config["dataset"] == "somewhere"
     assert config["versions"]["torch"] == torch.__version__ and "commit" in config
@@ -346,7 +350,7 @@ def test_run_folder(tmp_path):
 
 
 def test_warning_when_q_leaves_its_range_comes_once(tmp_path, capsys):
-    run = common.Run(tmp_path, "x")
+    run = common.Run(tmp_path, "x", {})
     run.check_q(10, -109, 9, (-100, 0))
     assert capsys.readouterr().err == ""
     run.check_q(20, -50, 11, (-100, 0))
@@ -358,29 +362,23 @@ def test_warning_when_q_leaves_its_range_comes_once(tmp_path, capsys):
 # --------------------------------------------------------------------------------- environments
 
 
-def test_resets_follow_from_the_seed_alone():
-    def starts(kind, disturb):
-        envs = common.make_envs("pointmaze-medium-singletask-v0", 2)
-        np.random.seed(disturb)
-        before = np.random.get_state()[1].copy()
-        first, _ = envs.reset(seed=[5, 6])
-        second, _ = envs.reset()
-        assert np.array_equal(np.random.get_state()[1], before)
+@pytest.mark.parametrize("maze", ["medium", "teleport"])  # a teleport draws its exit in step()
+def test_episodes_follow_from_the_seed_alone(maze):
+    env_id = f"pointmaze-{maze}-singletask-task4-v0"
+    actions = np.random.default_rng(0).uniform(-0.3, 0.3, (600, 2, 2))
+    actions[..., 1] -= 0.7  # towards a teleport
+
+    def observe(disturb):
+        np.random.seed(disturb)  # what the workers inherit
+        envs = common.make_envs(lambda: gymnasium.make(env_id, max_episode_steps=250), 2)
+        observations = [envs.reset(seed=[5, 6])[0].copy()]
+        observations += [envs.step(a)[0].copy() for a in actions]
         envs.close()
-        return np.concatenate([first, second])
+        return np.array(observations)
 
-    a = starts("async", 0)
-    assert np.array_equal(a, starts("async", 1))
-    assert len(np.unique(a, axis=0)) == 4
-
-
-def test_seeded_reset_leaves_numpys_generator_alone():
-    env = common.SeededReset(gymnasium.make("pointmaze-medium-singletask-v0"))
-    np.random.seed(3)
-    expected = np.random.RandomState(3).rand()
-    a, _ = env.reset(seed=1)
-    assert np.random.rand() == expected
-    b, _ = env.reset(seed=1)
-    c, _ = env.reset()
-    assert np.array_equal(a, b) and not np.array_equal(b, c)
-    env.close()
+    first, again = observe(0), observe(1)
+    assert np.array_equal(first, again)
+    starts = first[[0, 250, 500]].reshape(6, 2)
+    assert len(np.unique(starts, axis=0)) == 6
+    if maze == "teleport":
+        assert np.abs(np.diff(first, axis=0)).max(2)[:249].max() > 3  # somebody was teleported

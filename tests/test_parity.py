@@ -71,7 +71,9 @@ def replay_updates(arrays, config, nets, args, module, make_draws, check_step, l
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(initial[name].reshape(parameter.shape))
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     optimizer = module.make_optimizer(nets, args)
+    assert config["steps"] > 0
     for step in range(config["steps"]):
         recorded = under(arrays, f"step{step}/batch/")
         batch = common.Batch(**recorded, valid=torch.ones(len(recorded["rewards"]), 1))
@@ -81,13 +83,18 @@ def replay_updates(arrays, config, nets, args, module, make_draws, check_step, l
         metrics = module.update(nets, optimizer, batch, draws, args)
         for name, (key, tolerance) in losses.items():
             close(metrics[name], expected[key], relative=tolerance, what=f"step {step} {name}")
-        for name, gradient in under(arrays, f"step{step}/grad/").items():
+        gradients = under(arrays, f"step{step}/grad/")
+        assert set(gradients) == trained
+        for name, gradient in gradients.items():
             close(parameters[name].grad, gradient, of_largest=1e-3, what=f"step {step} {name}")
-    for name, final in under(arrays, "final/").items():
-        if name.startswith("target_critic"):
-            close(parameters[name], final, absolute=3e-7, what=name)
-        else:
-            close(parameters[name], final, absolute=1e-5, share=0.999, what=name)
+    final = under(arrays, "final/")
+    assert set(final) == set(parameters)
+    for name in set(final) - trained:
+        close(parameters[name], final[name], absolute=3e-7, what=name)
+    ours, theirs = (
+        torch.cat([x[k].flatten() for k in sorted(trained)]) for x in (parameters, final)
+    )
+    close(ours, theirs, absolute=1e-5, share=0.999, what="parameters")
 
 
 def replay_qflow(config, arrays):
@@ -108,7 +115,7 @@ def replay_qflow(config, arrays):
         s, a, k = batch.observations, batch.actions, args.flow_steps
         with torch.no_grad():
             next_s = batch.next_observations
-            next_actions = qflow.sample_actions(nets.velocity, next_s, draws.next_x0, k)
+            next_actions = qflow.sample_actions(nets, next_s, draws.next_x0, args)
             close(next_actions, expected["critic/next_actions"], absolute=1e-5)
             target_q = qflow.critic_target(nets, batch, draws.next_x0, args)
             close(target_q, expected["critic/target_q"], of_largest=1e-5)
@@ -137,8 +144,9 @@ def replay_sequences(config, arrays):
     starts = torch.arange(len(dataset) - config["horizon"] + 1)
     assert starts.tolist() == arrays["starts"].tolist()
     batch = dataset.chunks(starts, config["horizon"], config["discount"])
-    for name, expected in under(arrays, "expect/").items():
-        close(getattr(batch, name), expected, relative=1e-6, absolute=1e-6, what=name)
+    expected = under(arrays, "expect/")
+    for name, ours in batch._asdict().items():
+        close(ours, expected[name], relative=1e-6, absolute=1e-6, what=name)
 
 
 REPLAY = {"qflow": replay_qflow, "sequences": replay_sequences}
@@ -157,3 +165,4 @@ def test_replay(path):
         assert algorithm in SCRIPTS, f"{path.name}: nothing here replays {algorithm!r}"
         script = Path(common.__file__).with_name(SCRIPTS[algorithm])
         assert not script.exists(), f"{path.name}: {script.name} exists but is not replayed"
+        pytest.skip(f"there is no {script.name} yet")

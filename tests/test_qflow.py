@@ -1,6 +1,8 @@
 """Q-Flow's rollout, losses, evaluation and training; parity with the authors is in test_parity."""
 
+import copy
 import csv
+import types
 
 import gymnasium
 import numpy as np
@@ -31,6 +33,25 @@ def make(batch_size=16, obs_dim=4, action_dim=3, horizon=1, **kwargs):
     return args, nets, batch, qflow.draw(batch.actions, None)
 
 
+# ------------------------------------------------------------------------------------- networks
+
+
+def test_every_member_starts_as_a_xavier_uniform_network_of_its_own():
+    nets = qflow.Networks(29, 8, qflow.Args())
+    for name, p in nets.state_dict().items():
+        if name.endswith("weight"):
+            bound = (6 / (p.shape[1] + p.shape[2])) ** 0.5
+            for member in p:
+                assert 0.97 * bound < member.abs().max() <= bound
+                assert member.std() == pytest.approx(bound / 3**0.5, rel=0.1)
+            assert len(p) == 1 or not torch.equal(p[0], p[1])
+        else:
+            assert (p == name.endswith("scale")).all()
+    for target, online in zip(nets.target_critic.parameters(), nets.critic.parameters()):
+        assert torch.equal(target, online) and online.requires_grad > target.requires_grad
+    assert sum(p.numel() for p in nets.velocity.parameters()) == (39 + 3 * 513) * 512 + 513 * 8
+
+
 # -------------------------------------------------------------------------------------- rollout
 
 
@@ -47,7 +68,9 @@ def test_rollout_is_eulers_method():
         out = qflow.rollout(field, None, x, start, k)
         assert torch.allclose(out, x * (1 - 1 / k) ** k, atol=1e-6)
         assert np.allclose(calls, np.repeat(np.arange(k) / k, 7).reshape(k, 7), atol=1e-6)
-        assert torch.equal(out, qflow.sample_actions(lambda o, x, t: -x, None, x, k))
+        nets = types.SimpleNamespace(velocity=lambda obs, x, t: -x)
+        args = qflow.Args(flow_steps=k)
+        assert torch.equal(out, qflow.sample_actions(nets, None, x, args))
         by_time = qflow.rollout(lambda o, x, t: t.expand_as(x), None, x, start, k)
         assert torch.allclose(by_time, x + (k - 1) / (2 * k), atol=1e-6)
 
@@ -78,8 +101,8 @@ def test_each_loss_trains_its_own_network_only():
     args, nets, batch, draws = make()
     losses = {
         "critic": lambda: qflow.critic_loss(nets, batch, draws.next_x0, args)[0],
-        "value": lambda: qflow.value_loss(nets, batch, draws.value_x0, draws.value_t, args),
-        "velocity": lambda: qflow.policy_loss(nets, batch, draws.policy_x0, draws.policy_t, args),
+        "value": lambda: qflow.value_loss(nets, batch, draws.value_x0, draws.value_t, args)[0],
+        "velocity": lambda: qflow.policy_loss(nets, batch, *draws[3:], args)[0],
     }
     for own, loss in losses.items():
         nets.zero_grad()
@@ -117,7 +140,7 @@ def test_chunks_cut_short_by_the_episodes_end_do_not_count():
 def test_chunks_bootstrap_with_the_discount_of_their_length():
     args, nets, batch, draws = make(horizon=3, discount=0.9)
     target = qflow.critic_target(nets, batch, draws.next_x0, args)
-    a = qflow.sample_actions(nets.velocity, batch.next_observations, draws.next_x0, args.flow_steps)
+    a = qflow.sample_actions(nets, batch.next_observations, draws.next_x0, args)
     q = nets.target_critic(batch.next_observations, a).mean(0)
     assert torch.allclose(target, batch.rewards + 0.9**3 * batch.masks * q)
 
@@ -153,7 +176,7 @@ def train_on_two_modes(lam, updates):
         rows.append([metrics[k].item() for k in ("critic_loss", "value_loss", "policy_loss")])
     with torch.no_grad():
         x0 = torch.randn(2000, 1, generator=generator)
-        samples = qflow.sample_actions(nets.velocity, torch.zeros(2000, 1), x0, args.flow_steps)
+        samples = qflow.sample_actions(nets, torch.zeros(2000, 1), x0, args)
     return samples, np.mean(rows[:5], 0), np.mean(rows[-50:], 0)
 
 
@@ -244,7 +267,7 @@ def test_the_same_seed_gives_the_same_curve(tmp_path):
     def run(seed, disturb):
         torch.manual_seed(disturb)
         np.random.seed(disturb)
-        folder = common.Run(tmp_path, f"run{seed}{disturb}")
+        folder = common.Run(tmp_path, f"run{seed}{disturb}", {})
         settings = qflow.Args(seed=seed, eval_episodes=3, **args)
         make = lambda: gymnasium.make(task.env_id, max_episode_steps=60)
         envs = common.make_envs(make, 2)
@@ -272,3 +295,29 @@ def test_the_same_seed_gives_the_same_curve(tmp_path):
     assert state["step"] == 25 and {"nets", "optimizer"} < set(state)
     for name, value in nets.state_dict().items():
         assert torch.equal(state["nets"][name], value)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_computes_the_same_and_never_waits():
+    args, nets, batch, draws = make(batch_size=64)
+    on_gpu, gpu_batch, gpu_draws = (
+        copy.deepcopy(nets).cuda(),
+        *(type(x)(*(y.cuda() for y in x)) for x in (batch, draws)),
+    )
+    for each, *data in ((nets, batch, draws), (on_gpu, gpu_batch, gpu_draws)):
+        optimizer = qflow.make_optimizer(each, args)
+        for _ in range(3):
+            qflow.update(each, optimizer, *data, args)
+    for a, b in zip(nets.parameters(), on_gpu.parameters()):
+        assert torch.allclose(a, b.cpu(), atol=1e-5)
+
+    obs = np.zeros((100, 4), np.float32)
+    flags = np.zeros(100)
+    dataset = common.Dataset(obs, np.zeros((100, 3)), obs, flags, flags, flags, device="cuda")
+    generator = torch.Generator("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sample = dataset.sample(64, 1, 0.99, generator)
+        qflow.update(on_gpu, optimizer, sample, qflow.draw(sample.actions, generator), args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
