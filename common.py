@@ -80,16 +80,14 @@ def parse_args(args_type, doc, settings):
         text = re.split(" Argument helptext| For full helptext", text)[0]
         text = re.sub(r"(Perhaps you meant: --\S+).*", r"\1", text)
         raise UserError(f"{text} (--help lists all flags)") from None
-    largest = {"discount": 1, "tau": 1, "seed": 2**31 - 1}
+    limits = dict(discount=(1e-9, 1), tau=(1e-9, 1), seed=(0, 2**31 - 1), task=(-99, 99))
     for name, value in vars(args).items():
         if value == ():
             raise UserError(f"{flag(name)}: needs at least one number")
+        low, high = limits.get(name, (1e-12, 1e12))
         for x in value if type(value) is tuple else (value,):
-            if type(x) in (int, float):
-                if not x > 0 and name not in ("seed", "task") or x < 0 or x != x:
-                    raise UserError(f"{flag(name)} {x}: must be greater than 0")
-                if x > largest.get(name, 1e15):
-                    raise UserError(f"{flag(name)} {x}: must be at most {largest.get(name, 1e15)}")
+            if type(x) in (int, float) and not low <= x <= high:
+                raise UserError(f"{flag(name)} {x}: too {'large' if x > high else 'small'}")
     return args
 
 
@@ -115,9 +113,7 @@ def pick_device(name, compile=False):
         raise UserError(f"--device {name}: must be cpu or one of the {count} CUDA devices found")
     compilers = os.environ.get("CXX", "g++"), "g++", "clang++"
     if compile and name == "cpu" and not any(map(shutil.which, compilers)):
-        raise UserError(
-            "--compile: needs a C++ compiler on the CPU, and neither g++ nor clang++ is"
-        )
+        raise UserError("--compile: no C++ compiler found (g++, clang++ or $CXX)")
     return torch.device(name)
 
 

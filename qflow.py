@@ -85,8 +85,8 @@ class Args:
 # Defaults per environment: the paper's, and for pointmaze our own, small enough for a laptop.
 SETTINGS = {
     "pointmaze": dict(
-        **dict(lam=2.0, time_dim=64, q_agg="min", discount=0.995, horizon=5, hidden=(64,) * 4),
-        **dict(offline_steps=25_000, eval_interval=2_500, lr=5e-4, tau=0.01),
+        **dict(lam=2.0, time_dim=64, q_agg="min", discount=0.995, horizon=10, hidden=(64,) * 4),
+        **dict(offline_steps=20_000, eval_interval=2_000, lr=5e-4, tau=0.01),
     ),
     "antmaze-large-navigate": dict(lam=0.2, time_dim=64, q_agg="mean", discount=0.99),
     "antmaze-giant-navigate": dict(lam=0.2, time_dim=64, q_agg="min", discount=0.995),
@@ -376,7 +376,7 @@ def train(args, dataset, envs, run):
     q_bounds = dataset.q_bounds(args.discount)
     evaluations, shown = [], {}
     logged_step, logged_time = 0, time.perf_counter()
-    progress = tqdm(total=args.offline_steps, unit=" updates", dynamic_ncols=True)
+    progress = tqdm(total=args.offline_steps, unit=" updates", dynamic_ncols=True, mininterval=1)
     for step in range(1, args.offline_steps + 1):
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
         metrics = update(nets, optimizer, batch, draw(batch.actions, generator), args, loss)
