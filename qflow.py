@@ -85,8 +85,8 @@ class Args:
 # Defaults per environment: the paper's, and for pointmaze our own, small enough for a laptop.
 SETTINGS = {
     "pointmaze": dict(
-        **dict(lam=2.0, time_dim=64, q_agg="min", discount=0.995, horizon=10, hidden=(64,) * 4),
-        **dict(offline_steps=20_000, eval_interval=2_000, lr=5e-4, tau=0.01),
+        **dict(lam=1.5, time_dim=64, q_agg="min", discount=0.99, horizon=5, flow_steps=5),
+        **dict(offline_steps=20_000, eval_interval=2_000, lr=5e-4, tau=0.01, hidden=(128,) * 4),
     ),
     "antmaze-large-navigate": dict(lam=0.2, time_dim=64, q_agg="mean", discount=0.99),
     "antmaze-giant-navigate": dict(lam=0.2, time_dim=64, q_agg="min", discount=0.995),
