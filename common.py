@@ -334,7 +334,7 @@ def get_dataset(task, path, device, horizon=1):
     dataset, source = load_dataset(path, task, device)
     if horizon > len(dataset):
         raise UserError(f"--horizon {horizon}: {path} has only {len(dataset)} transitions")
-    return dataset, f"{path} ({source or note})"
+    return dataset, f"{str(path).replace(str(Path.home()), '~')} ({source or note})"
 
 
 def write_atomically(path, write):
@@ -482,5 +482,6 @@ class Run:
             middle.legend(), right.legend()
         for axes in (left, middle, right):
             axes.set_xlabel("updates")
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
             axes.grid(alpha=0.3)
         figure.savefig(self.path / "curve.png")

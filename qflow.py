@@ -12,7 +12,8 @@ tells the velocity field where to bend. Three networks, three regressions, in th
     value     V(s, x_t, t)  ->  Q'(s, x_1),  x_1 reached by the policy's flow from x_t
     velocity  v(s, x_t, t)  ->  (x_1 - x_0) + 1 / lam * grad_x V(s, x_t, t),  x_1 from the dataset
 
-Doo, Jeon, Ye, Lee, Seo: Q-Flow, ICML 2026, https://arxiv.org/abs/2605.13435
+Doo, Jeon, Ye, Lee, Seo: Q-Flow: Stable and Expressive Reinforcement Learning with Flow-Based
+Policy, ICML 2026, https://arxiv.org/abs/2605.13435
 
     python qflow.py                                    # pointmaze on data collected on the spot
     python qflow.py --env antmaze-giant-navigate-v0    # with the paper's settings
@@ -214,7 +215,7 @@ def sample_actions(nets, obs, x0, args):
 #
 # A batch has observations (B, O), actions (B, h * A), rewards (B,) summed over the chunk, masks
 # (B,) that are 0 where the task is solved, next_observations (B, O), and valid (B, h) that is 0
-# for steps after the episode's end. Chunks with such steps are left out by a weight of 0.
+# for steps after the episode's end. A chunk whose last step is not valid has weight 0.
 
 
 class Draws(NamedTuple):
