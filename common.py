@@ -58,7 +58,9 @@ def settings_table(args_type, settings):
         names = row if env in settings else names
         values = {k: " ".join(map(str, v)) if type(v) is tuple else v for k, v in row.items()}
         words = f"{env:29}" + " ".join(f"{flag(name)} {values[name]}" for name in names)
-        lines += textwrap.wrap(words, 95, initial_indent="    ", subsequent_indent=" " * 33)
+        lines += textwrap.wrap(
+            words, 95, initial_indent="    ", subsequent_indent=" " * 33, break_on_hyphens=False
+        )
     return "\n".join(lines)
 
 
