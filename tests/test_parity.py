@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import common
+import fql
 import qflow
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
@@ -138,6 +139,27 @@ def replay_qflow(config, arrays):
     replay_updates(arrays, config, nets, args, qflow, draws, check, losses)
 
 
+def replay_fql(config, arrays):
+    args = fql.Args(
+        hidden=tuple(config["hidden_dims"]),
+        **{k: config[k] for k in ("flow_steps", "alpha", "normalize_q_loss", "batch_size")},
+        **{k: config[k] for k in ("q_agg", "discount", "tau", "lr")},
+    )
+    nets = fql.Networks(config["obs_dim"], config["action_dim"], args)
+
+    def draws(d):
+        names = "critic/next_noise", "actor/x0", "actor/t", "actor/distill_noise"
+        return fql.Draws(*(d[name] for name in names))
+
+    losses = {
+        "critic_loss": ("critic/critic_loss", 1e-5),
+        "flow_loss": ("actor/bc_flow_loss", 1e-5),
+        "distill_loss": ("actor/distill_loss", 1e-5),
+        "q_loss": ("actor/q_loss", 1e-5),
+    }
+    replay_updates(arrays, config, nets, args, fql, draws, lambda *unused: None, losses)
+
+
 def replay_sequences(config, arrays):
     data = {k.removeprefix("dataset/"): v for k, v in arrays.items() if k.startswith("dataset/")}
     dataset = common.Dataset(**data)
@@ -149,7 +171,7 @@ def replay_sequences(config, arrays):
         close(ours, expected[name], relative=1e-6, absolute=1e-6, what=name)
 
 
-REPLAY = {"qflow": replay_qflow, "sequences": replay_sequences}
+REPLAY = {"qflow": replay_qflow, "fql": replay_fql, "sequences": replay_sequences}
 
 
 def test_there_are_golden_files():

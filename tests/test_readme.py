@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 import common
+import fql
 import qflow
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-METHODS = {"Q-Flow": qflow}
+METHODS = {"Q-Flow": qflow, "FQL": fql}
 
 
 def section(title):

@@ -63,6 +63,9 @@ def test_help_is_the_manual(tmp_path):
     )
     assert flags == {f"--{name}" for name in [*shared.split(), "lam", "time-dim"]}
     assert re.search(r"antmaze-giant-navigate .*--q-agg min --discount 0\.995", result.stdout)
+    fql = start(tmp_path, "fql.py", "--help").stdout
+    own = set(re.findall(r"^\W*(--[a-z-]+)", fql, re.M)) - flags
+    assert own == {"--alpha", "--normalize-q-loss"}
     other = start(tmp_path, "qflow.py", "--env", "puzzle-3x3-play-v0", "--help").stdout
     assert re.search(r"--lam FLOAT.*\(default: 20\.0\)", " ".join(other.split()))
 
@@ -99,6 +102,14 @@ def test_the_default_runs_and_leaves_its_results(tmp_path):
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert state["step"] == 60
     assert (folder / "curve.png").stat().st_size > 10_000
+
+    result = start(tmp_path, "fql.py", *flags)  # on the data that are there now
+    assert result.returncode == 0, result.stderr
+    assert "collecting" not in result.stderr and "60/60" in result.stderr
+    (folder,) = (tmp_path / "runs").glob("*__fql__0__*")
+    header = "step,critic_loss,q_mean,q_min,q_max,flow_loss,distill_loss,q_loss,time_updates_per_s"
+    assert (folder / "train.csv").read_text().startswith(f"{header}\n20,")
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 60
 
 
 def test_bench_prints_one_line_of_json(tmp_path):

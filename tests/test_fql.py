@@ -1,0 +1,139 @@
+"""What FQL does differently from Q-Flow; shared blocks are tested in test_qflow."""
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import fql
+
+
+def make(batch_size=16, obs_dim=4, action_dim=3, horizon=1, **kwargs):
+    """Small networks, a random batch and random draws."""
+    torch.manual_seed(0)
+    sizes = {"hidden": (32, 32), "flow_steps": 5, **kwargs}
+    args = fql.Args(**sizes, horizon=horizon, batch_size=batch_size)
+    dims = obs_dim, action_dim * horizon
+    nets = fql.Networks(*dims, args)
+    batch = common.Batch(
+        observations=torch.randn(batch_size, obs_dim),
+        actions=torch.rand(batch_size, dims[1]) * 2 - 1,
+        rewards=torch.randn(batch_size),
+        masks=(torch.rand(batch_size) > 0.3).float(),
+        next_observations=torch.randn(batch_size, obs_dim),
+        valid=torch.ones(batch_size, horizon),
+    )
+    return args, nets, batch, fql.draw(batch.actions, None)
+
+
+def test_each_loss_trains_its_own_network_only():
+    args, nets, batch, draws = make()
+    losses = {
+        "critic": lambda: fql.critic_loss(nets, batch, draws.next_z, args)[0],
+        "velocity": lambda: fql.flow_loss(nets, batch, draws.flow_x0, draws.flow_t)[0],
+        "one_step": lambda: fql.policy_loss(nets, batch, draws.policy_z, args)[0],
+    }
+    for own, loss in losses.items():
+        nets.zero_grad()
+        loss().backward()
+        for name, parameter in nets.named_parameters():
+            got = parameter.grad is not None and parameter.grad.abs().sum() > 0
+            assert got == name.startswith(f"{own}."), (own, name)
+
+
+def test_the_policy_is_clipped_when_it_acts_but_not_when_it_is_taught():
+    args, nets, batch, draws = make()
+    with torch.no_grad():
+        nets.one_step.mlp[-1].bias.fill_(3.0)  # far outside of [-1, 1]
+    raw = nets.one_step(batch.observations, draws.policy_z)
+    assert (raw > 1).all()
+    actions = fql.sample_actions(nets, batch.observations, draws.policy_z, args)
+    assert torch.equal(actions, torch.ones_like(actions))
+
+    _, log = fql.policy_loss(nets, batch, draws.policy_z, args)
+    start = torch.zeros(16, 1)
+    teacher = fql.rollout(nets.velocity, batch.observations, draws.policy_z, start, 5)
+    assert torch.allclose(log["distill_loss"], ((raw - teacher) ** 2).mean())
+    q = nets.critic(batch.observations, actions)
+    assert torch.allclose(log["q_loss"], -q.mean())
+
+
+def test_normalised_q_loss_does_not_depend_on_the_scale_of_q():
+    args, nets, batch, draws = make(normalize_q_loss=True, alpha=0.0)
+    gradients = []
+    for factor in (1.0, 50.0):
+        with torch.no_grad():
+            nets.critic.mlp[-1].weight.mul_(factor)
+        nets.zero_grad()
+        loss, _ = fql.policy_loss(nets, batch, draws.policy_z, args)
+        loss.backward()
+        gradients.append(nets.one_step.mlp[0].weight.grad.clone())
+    assert gradients[0].abs().max() > 1e-4
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-8)
+
+
+def test_of_a_chunk_the_valid_actions_are_cloned_and_whole_chunks_train_the_critic():
+    args, nets, batch, draws = make(horizon=3)
+    valid = torch.ones(16, 3)
+    valid[:8, 2] = 0
+    valid[:4, 1] = 0
+    cut = batch._replace(valid=valid)
+    xt = (1 - draws.flow_t) * draws.flow_x0 + draws.flow_t * batch.actions
+    error = nets.velocity(batch.observations, xt, draws.flow_t) - batch.actions + draws.flow_x0
+    expected = (valid.repeat_interleave(3, dim=1) * error**2).mean()
+    assert torch.allclose(fql.flow_loss(nets, cut, draws.flow_x0, draws.flow_t)[0], expected)
+
+    loss, _ = fql.critic_loss(nets, cut, draws.next_z, args)
+    whole = common.Batch(*(x[8:] for x in batch))
+    alone, _ = fql.critic_loss(nets, whole, draws.next_z[8:], args)
+    assert torch.allclose(loss, alone / 2)
+    both = [fql.policy_loss(nets, b, draws.policy_z, args)[0] for b in (batch, cut)]
+    assert torch.equal(*both)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(horizon=3, q_agg="min", normalize_q_loss=True)])
+def test_the_loss_traces_into_one_graph_and_computes_the_same(settings):
+    args, nets, batch, draws = make(**settings)
+    results = []
+    traced = torch.compile(fql.total_loss, fullgraph=True, backend="aot_eager")
+    for function in (fql.total_loss, traced):
+        nets.zero_grad()
+        loss, metrics = function(nets, batch, draws, args)
+        loss.backward()
+        gradients = [p.grad.clone() for p in nets.parameters() if p.requires_grad]
+        results.append([loss.detach(), *metrics.values(), *gradients])
+    for plain, other in zip(*results):
+        assert torch.allclose(plain, other, rtol=1e-5, atol=1e-6)
+
+
+def train_on_two_modes(alpha):
+    """A bandit without state, actions near -0.6 (reward -1) and 0.6 (reward 1); returns samples."""
+    sizes = dict(obs_dim=1, action_dim=1, hidden=(64, 64), flow_steps=10)
+    args, nets, _, _ = make(**sizes, alpha=alpha, lr=2e-3, tau=0.05)
+    optimizer = fql.make_optimizer(nets, args)
+    generator = torch.Generator().manual_seed(0)
+    zeros = torch.zeros(256, 1)
+    rows = []
+    for _ in range(800):
+        sign = torch.randint(2, (256, 1), generator=generator) * 2.0 - 1
+        actions = 0.6 * sign + 0.05 * torch.randn(256, 1, generator=generator)
+        batch = common.Batch(zeros, actions, sign[:, 0], zeros[:, 0], zeros, zeros + 1)
+        metrics = fql.update(nets, optimizer, batch, fql.draw(actions, generator), args)
+        names = "critic_loss", "flow_loss", "distill_loss"
+        rows.append([metrics[name].item() for name in names])
+    with torch.no_grad():
+        z = torch.randn(2000, 1, generator=generator)
+        samples = fql.sample_actions(nets, torch.zeros(2000, 1), z, args)
+    return samples, np.mean(rows[:5], 0), np.mean(rows[-50:], 0)
+
+
+def test_losses_fall_and_two_modes_are_cloned_as_two_modes():
+    samples, early, late = train_on_two_modes(alpha=100.0)
+    assert (late < 0.75 * early).all() and late[0] < 0.05 and late[2] < 0.02
+    assert samples.abs().lt(0.3).float().mean() < 0.25  # a single Gaussian would have 0.36 there
+    assert 0.4 < samples.gt(0).float().mean() < 0.6
+
+
+def test_q_moves_the_policy_to_the_better_mode():
+    samples, _, _ = train_on_two_modes(alpha=1.0)
+    assert samples.gt(0).float().mean() > 0.95
