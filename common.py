@@ -23,6 +23,7 @@ from typing import NamedTuple
 import gymnasium
 import numpy as np
 import ogbench
+import ogbench.online_locomotion  # registers online-ant-v0 and relatives
 import torch
 import tyro
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
@@ -83,6 +84,7 @@ def parse_args(args_type, doc, settings):
         text = re.sub(r"(Perhaps you meant: --\S+).*", r"\1", text)
         raise UserError(f"{text} (--help lists all flags)") from None
     limits = dict(discount=(1e-9, 1), tau=(1e-9, 1), seed=(0, 2**31 - 1), task=(-99, 99))
+    limits.update(policy_width=(0, 1e6), target_entropy=(-1e6, 1e6))
     for name, value in vars(args).items():
         if value == ():
             raise UserError(f"{flag(name)}: needs at least one number")
@@ -178,6 +180,25 @@ class SeededReset(gymnasium.Wrapper):
     def step(self, action):
         *result, info = self.env.step(action)
         return *result, {k: info[k] for k in ("success",) if k in info}
+
+
+def continuous_env(env_id):
+    """Gymnasium id -> function that makes it, with actions in [-1, 1]. Raises UserError."""
+    known = [name for name in gymnasium.registry if "/" not in name]
+    if env_id not in gymnasium.registry:
+        close = difflib.get_close_matches(env_id, known, n=3, cutoff=0)
+        raise UserError(f"--env {env_id}: no such environment; closest: {', '.join(close)}")
+    try:
+        with gymnasium.make(env_id) as env:
+            obs, actions = env.observation_space, env.action_space
+    except Exception as e:  # a package that is missing, a version that is too old
+        raise UserError(f"--env {env_id}: cannot be made: {' '.join(str(e).split())}") from None
+    for name, space in (("observations", obs), ("actions", actions)):
+        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+            raise UserError(f"--env {env_id}: {name} must be a vector (Box), here {space}")
+    if not actions.is_bounded():
+        raise UserError(f"--env {env_id}: actions must be bounded, here {actions}")
+    return lambda: gymnasium.wrappers.RescaleAction(gymnasium.make(env_id), -1.0, 1.0)
 
 
 def make_envs(env, num_envs):

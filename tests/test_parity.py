@@ -13,12 +13,12 @@ import pytest
 import torch
 
 import common
+import flow_sac
 import fql
 import qflow
 
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 FILES = sorted(FOLDER.glob("*.npz"))
-SCRIPTS = {"sequences": "common.py", "qflow": "qflow.py", "fql": "fql.py", "flow_g": "flow_sac.py"}
 NETS = {"velocity": "flow", "value": "inner_value"}  # our names, where the files have others
 
 
@@ -171,7 +171,39 @@ def replay_sequences(config, arrays):
         close(ours, expected[name], relative=1e-6, absolute=1e-6, what=name)
 
 
-REPLAY = {"qflow": replay_qflow, "fql": replay_fql, "sequences": replay_sequences}
+def replay_flow_g(config, arrays):
+    """The authors' gated network and noise level; theirs is a function of the state alone."""
+    sizes = config["obs_dim"], config["action_dim"]
+    velocity = flow_sac.GatedVelocity(*sizes, config["hidden_dim"], config["time_emb_dim"])
+    log_sigma = flow_sac.LogSigma(*sizes, 512, low=-5.0, high=2.0)
+    ours = {"time_mlp/layers_1": velocity.time_mlp[0], "time_mlp/layers_3": velocity.time_mlp[2]}
+    for name, theirs in {"gate": "gate_net", "candidate": "candidate_net"}.items():
+        ours |= {f"{theirs}/layers_{i}": getattr(velocity, name)[i] for i in (0, 2)}
+    ours |= {f"fc_logstd/layers_{i}": log_sigma.mlp[i] for i in (0, 2, 4)}
+    initial = under(arrays, "init/")
+    assert {f"{name}/{kind}" for name in ours for kind in ("kernel", "bias")} == set(initial)
+    with torch.no_grad():
+        for name, layer in ours.items():
+            kernel = initial[f"{name}/kernel"].T
+            if name == "fc_logstd/layers_0":  # ours has t as one input more
+                kernel = torch.cat([kernel, torch.zeros(512, 1)], 1)
+            assert layer.weight.shape == kernel.shape
+            layer.weight.copy_(kernel)
+            layer.bias.copy_(initial[f"{name}/bias"])
+        inputs = under(arrays, "")
+        expected = under(arrays, "expect/")
+        v = velocity(inputs["obs"], inputs["x"], inputs["t"])
+        close(v, expected["velocity"], of_largest=1e-5, what="velocity")
+        log_std = log_sigma(inputs["obs"], inputs["t"])
+        close(log_std, expected["log_std"], absolute=1e-5, what="log_std")
+
+
+REPLAY = {
+    "qflow": replay_qflow,
+    "fql": replay_fql,
+    "sequences": replay_sequences,
+    "flow_g": replay_flow_g,
+}
 
 
 def test_there_are_golden_files():
@@ -181,10 +213,5 @@ def test_there_are_golden_files():
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_replay(path):
     algorithm, config, arrays = load(path)
-    if algorithm in REPLAY:
-        REPLAY[algorithm](config, arrays)
-    else:  # fine only as long as there is no script that could be held against it
-        assert algorithm in SCRIPTS, f"{path.name}: nothing here replays {algorithm!r}"
-        script = Path(common.__file__).with_name(SCRIPTS[algorithm])
-        assert not script.exists(), f"{path.name}: {script.name} exists but is not replayed"
-        pytest.skip(f"there is no {script.name} yet")
+    assert algorithm in REPLAY, f"{path.name}: nothing here replays {algorithm!r}"
+    REPLAY[algorithm](config, arrays)

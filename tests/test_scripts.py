@@ -53,6 +53,25 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, flags, words):
     assert not list(tmp_path.iterdir())  # nothing was made before the mistake was found
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--env", "HalfCheeta-v5"], "HalfCheetah-v5"),
+        (["--env", "CartPole-v1"], "actions must be a vector (Box)"),
+        (["--policy", "gaussian"], "gaussian"),
+        (["--flow-steps", "0"], "--flow-steps 0"),
+        (["--policy-width", "-1"], "--policy-width -1"),
+    ],
+)
+def test_mistakes_of_online_runs_too(tmp_path, flags, words):
+    result = start(tmp_path, "flow_sac.py", *flags)
+    assert result.returncode == 2 and result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("flow_sac.py: error: "), result.stderr
+    assert words in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
 def test_help_is_the_manual(tmp_path):
     result = start(tmp_path, "qflow.py", "--help")
     assert result.returncode == 0 and result.stderr == ""
@@ -66,6 +85,10 @@ def test_help_is_the_manual(tmp_path):
     fql = start(tmp_path, "fql.py", "--help").stdout
     own = set(re.findall(r"^\W*(--[a-z-]+)", fql, re.M)) - flags
     assert own == {"--alpha", "--normalize-q-loss"}
+    online = start(tmp_path, "flow_sac.py", "--help").stdout
+    words = " ".join(online.replace("│", "").split())
+    assert re.search(r"--policy {flow-t,flow-g,naive} velocity .*\(default: flow-t\)", words)
+    assert re.search(r"Pendulum .*--online-steps", online)
     other = start(tmp_path, "qflow.py", "--env", "puzzle-3x3-play-v0", "--help").stdout
     assert re.search(r"--lam FLOAT.*\(default: 20\.0\)", " ".join(other.split()))
 
@@ -110,6 +133,25 @@ def test_the_default_runs_and_leaves_its_results(tmp_path):
     header = "step,critic_loss,q_mean,q_min,q_max,flow_loss,distill_loss,q_loss,time_updates_per_s"
     assert (folder / "train.csv").read_text().startswith(f"{header}\n20,")
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 60
+
+
+@pytest.mark.parametrize("policy", ["flow-t", "flow-g", "naive"])
+def test_sac_flow_runs_online(tmp_path, policy):
+    flags = "--online-steps 400 --learning-starts 300 --log-interval 50 --eval-interval 200".split()
+    result = start(tmp_path, "flow_sac.py", *flags, "--policy", policy, "--eval-episodes", "3")
+    assert result.returncode == 0, result.stderr
+    assert "mean of the last 2 evaluations: return -" in result.stdout
+    assert "400/400" in result.stderr and "Traceback" not in result.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("Pendulum-v1__flow_sac__0__")
+    with open(folder / "train.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["350", "400"]
+    columns = "policy_grad_norm grad_x0 grad_x1 grad_x2 grad_x3 grad_x4 temperature entropy"
+    assert set(columns.split()) < set(rows[0])
+    evaluations = (folder / "eval.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in evaluations] == ["step", "200", "400"]
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 400
 
 
 def test_bench_prints_one_line_of_json(tmp_path):
