@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
 import common
@@ -95,8 +96,8 @@ class Args:
 # Defaults per environment: the authors' for all, except for one that is meant for a laptop.
 SETTINGS = {
     "Pendulum": dict(
-        **dict(online_steps=15_000, learning_starts=1_000, batch_size=256, hidden=(256, 256)),
-        **dict(policy_width=64, eval_interval=1_500),
+        **dict(online_steps=10_000, learning_starts=1_000, batch_size=256, hidden=(128, 128)),
+        **dict(policy_width=64, eval_interval=1_000),
     ),
 }
 
@@ -155,20 +156,22 @@ class BatchRenorm(nn.Module):
         self.register_buffer("calls", torch.tensor(0))
 
     def forward(self, x):
-        running_std = (self.var + self.eps).sqrt()
-        if not self.training:
-            return (x - self.mean) / running_std * self.scale + self.bias
-        mean, var = x.mean(-2, keepdim=True), x.var(-2, correction=0, keepdim=True)
-        std = (var + self.eps).sqrt()
-        r = (std / running_std).detach().clamp(1 / self.r_max, self.r_max)
-        d = ((mean - self.mean) / running_std).detach().clamp(-self.d_max, self.d_max)
-        x = (x - mean) / std
-        x = torch.where(self.calls >= self.warmup, x * r + d, x)
-        with torch.no_grad():
-            self.mean += self.rate * (mean - self.mean)
-            self.var += self.rate * (var - self.var)
-            self.calls += 1
-        return x * self.scale + self.bias
+        mean, std, r, d = self.mean, (self.var + self.eps).sqrt(), 1.0, 0.0
+        if self.training:
+            running_std = std
+            mean = x.mean(-2, keepdim=True)
+            var = (x - mean).square().mean(-2, keepdim=True)  # many times faster than x.var() here
+            std = (var + self.eps).sqrt()
+            warm = self.calls >= self.warmup
+            r = (std / running_std).detach().clamp(1 / self.r_max, self.r_max)
+            d = ((mean - self.mean) / running_std).detach().clamp(-self.d_max, self.d_max)
+            r, d = torch.where(warm, r, 1.0), torch.where(warm, d, 0.0)
+            with torch.no_grad():
+                self.mean += self.rate * (mean - self.mean)
+                self.var += self.rate * (var - self.var)
+                self.calls += 1
+        factor = self.scale * r / std
+        return torch.addcmul(self.bias + self.scale * d - factor * mean, x, factor)
 
 
 class Critic(nn.Module):
@@ -312,18 +315,10 @@ class Networks(nn.Module):
 # -------------------------------------------------------------------------------------- rollout
 
 
-def rollout(velocity, obs, x, flow_steps):
-    """Follow the flow from x at time 0 to time 1 in K Euler steps: (B, O), (B, A) -> (B, A)."""
-    for i in range(flow_steps):
-        t = torch.full_like(x[:, :1], i / flow_steps)
-        x = x + velocity(obs, x, t) / flow_steps
-    return x
+def rollout(velocity, log_sigma, obs, x, eps):
+    """K noisy Euler steps from x at time 0 to time 1, in which x_i is distributed as without noise.
 
-
-def noisy_rollout(velocity, log_sigma, obs, x, eps):
-    """The same with noise, which leaves the distribution of each x_i as it is (as K grows).
-
-    Exact for the v of a rectified flow from N(0, I), to which (t v - x) / (1 - t) is the score.
+    Exact as K grows, for the v of a rectified flow from N(0, I): (t v - x) / (1 - t) is its score.
     (B, O), (B, A), eps ~ N(0, I) (K, B, A) -> [x_0, ..., x_K], log-density of that path (B,).
     """
     dt = 1 / len(eps)
@@ -340,19 +335,18 @@ def noisy_rollout(velocity, log_sigma, obs, x, eps):
     return path, log_prob
 
 
-def sample_actions(nets, obs, x0, args):
-    """The policy without noise on the way: x_0 ~ N(0, I) to actions in [-1, 1]. -> (B, A)."""
-    obs = nets.policy.obs_norm(obs)
-    return rollout(nets.policy.velocity, obs, x0, args.flow_steps).tanh()
-
-
 def explore(policy, obs, x0, eps):
     """The policy that acts and learns: actions (B, A), log-density of their path (B,), the path."""
-    path, log_prob = noisy_rollout(policy.velocity, policy.log_sigma, policy.obs_norm(obs), x0, eps)
+    path, log_prob = rollout(policy.velocity, policy.log_sigma, policy.obs_norm(obs), x0, eps)
     u = path[-1]
     # log(1 - tanh(u)^2), written so that neither it nor its gradient is lost for large u
     log_prob = log_prob - (2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
     return u.tanh(), log_prob, path
+
+
+def sample_actions(nets, obs, x0, args):
+    """The policy in evaluation, eps = 0: x_0 ~ N(0, I) to actions in [-1, 1]. -> (B, A)."""
+    return explore(nets.policy, obs, x0, x0.new_zeros(args.flow_steps, *x0.shape))[0]
 
 
 # --------------------------------------------------------------------------------------- losses
@@ -525,8 +519,11 @@ class ReplayBuffer:
 def train(args, device, envs, eval_envs, run):
     """Learn in `envs`, evaluate in `eval_envs`, write to `run`; returns the networks.
 
-    Both are vector environments with autoreset mode SAME_STEP and actions in [-1, 1].
+    Both are vector environments with actions in [-1, 1] that reset in the same step; in gymnasium's
+    other modes there would be a step of no meaning after each episode. Raises ValueError.
     """
+    if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
+        raise ValueError(f"envs: autoreset_mode must be SAME_STEP, is {envs.metadata}")
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(args.seed + 2**31)  # for the networks; not the generator's random numbers
     generator = torch.Generator(device).manual_seed(args.seed)

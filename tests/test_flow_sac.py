@@ -31,7 +31,7 @@ def gaussian_flow(mean, std):
 
 
 def without_drift(velocity, log_sigma):
-    """A velocity from which noisy_rollout's drift makes what velocity is without any drift."""
+    """A velocity from which rollout's drift makes what velocity is without any drift."""
 
     def compensated(obs, x, t):
         half = 0.5 * (2 * log_sigma(obs, t)).exp() / (1 - t)
@@ -60,17 +60,17 @@ def test_noise_preserves_the_distribution_and_without_drift_it_does_not(velocity
     generator = torch.Generator().manual_seed(0)
     n, steps = 8000, 400
     normal = lambda *shape: torch.randn(*shape, 1, generator=generator, dtype=torch.float64)
-    plain = flow_sac.rollout(velocity, None, normal(n), steps)[:, 0].numpy()
-    path, _ = flow_sac.noisy_rollout(velocity, log_sigma, None, normal(n), normal(steps, n))
+    plain, middle = normal(n), None
+    for i in range(steps):  # the flow without noise and drift
+        middle = plain if i == steps // 2 else middle
+        plain = plain + velocity(None, plain, torch.full_like(plain, i / steps)) / steps
+    plain, middle = plain[:, 0].numpy(), middle[:, 0].numpy()
+    path, _ = flow_sac.rollout(velocity, log_sigma, None, normal(n), normal(steps, n))
     assert kolmogorov_smirnov(plain, path[-1][:, 0].numpy()) < 1
-    middle = normal(n)
-    for i in range(steps // 2):
-        t = torch.full_like(middle, i / steps)
-        middle = middle + velocity(None, middle, t) / steps
-    assert kolmogorov_smirnov(middle[:, 0].numpy(), path[steps // 2][:, 0].numpy()) < 1
+    assert kolmogorov_smirnov(middle, path[steps // 2][:, 0].numpy()) < 1
 
     wrong = without_drift(velocity, log_sigma)
-    path, _ = flow_sac.noisy_rollout(wrong, log_sigma, None, normal(n), normal(steps, n))
+    path, _ = flow_sac.rollout(wrong, log_sigma, None, normal(n), normal(steps, n))
     assert kolmogorov_smirnov(plain, path[-1][:, 0].numpy()) > 1.5
 
 
@@ -422,6 +422,14 @@ def test_the_buffer_gets_true_last_observations_and_masks(tmp_path, monkeypatch,
     ends = (obs[:, 0] % 2 == 1) & (next_obs[:, 1] == 3)
     assert ends.sum() >= 6 and (masks == ~ends).all()
     assert (obs[:, 1] <= 4).all() and (next_obs[:, 1] == 5).sum() >= 6  # cut, and bootstrapped
+
+
+@pytest.mark.parametrize("mode", ["NEXT_STEP", "DISABLED"])
+def test_other_autoreset_modes_are_refused(tmp_path, mode):
+    mode = gymnasium.vector.AutoresetMode[mode]
+    envs = gymnasium.vector.SyncVectorEnv([Counter], autoreset_mode=mode)
+    with pytest.raises(ValueError, match="SAME_STEP"):
+        flow_sac.train(flow_sac.Args(), torch.device("cpu"), envs, envs, None)
 
 
 def test_the_buffer_keeps_the_last_transitions():

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 import common
+import flow_sac
 import fql
 import qflow
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-METHODS = {"Q-Flow": qflow, "FQL": fql}
+OFFLINE = {"Q-Flow": qflow, "FQL": fql}
+METHODS = {**OFFLINE, "SAC Flow": flow_sac}
 
 
 def section(title):
@@ -31,7 +33,7 @@ def test_the_named_functions_exist(title):
         assert callable(getattr(METHODS[title], name)), name
 
 
-@pytest.mark.parametrize("title", METHODS)
+@pytest.mark.parametrize("title", OFFLINE)
 def test_the_settings_table_is_the_scripts(title):
     module = METHODS[title]
     rows = re.findall(r"^\| (\w+-[\w-]+) \| (.*) \|$", section(title), re.M)
@@ -49,7 +51,10 @@ def test_the_commands_parse(monkeypatch):
             module = importlib.import_module(script)
             monkeypatch.setattr(sys, "argv", [script, *flags.split()])
             args = common.parse_args(module.Args, "", module.SETTINGS)
-            common.resolve_task(args.env, args.task)
+            if module in OFFLINE.values():
+                common.resolve_task(args.env, args.task)
+            else:
+                common.continuous_env(args.env)
 
 
 def test_the_snippet_runs(tmp_path):

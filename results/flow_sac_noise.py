@@ -1,0 +1,65 @@
+"""Returns of a SAC Flow run's policy with noise, without, and without noise and drift.
+
+python results/flow_sac_noise.py runs/Pendulum-v1__flow_sac__0__... --episodes 50
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
+import flow_sac  # noqa: E402
+
+
+def load(folder):
+    """A run's folder -> its arguments, networks and environment."""
+    config = json.loads((folder / "config.json").read_text())["args"]
+    args = flow_sac.Args(**{k: tuple(v) if type(v) is list else v for k, v in config.items()})
+    env = common.continuous_env(args.env)()
+    nets = flow_sac.Networks(env.observation_space.shape[0], env.action_space.shape[0], args)
+    nets.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["nets"])
+    return args, nets, env
+
+
+def main(folder: tyro.conf.Positional[Path], episodes: int = 50):
+    """folder: a run of flow_sac.py; episodes: for each of the three."""
+    torch.set_num_threads(1)
+    args, nets, env = load(folder)
+
+    def plain(obs, x0, eps):  # Euler steps of v alone
+        obs, x, k = nets.policy.obs_norm(obs), x0, args.flow_steps
+        for i in range(k):
+            x = x + nets.policy.velocity(obs, x, torch.full_like(x[:, :1], i / k)) / k
+        return x.tanh()
+
+    policies = {
+        "noise and drift (as trained)": lambda *inputs: flow_sac.explore(nets.policy, *inputs)[0],
+        "drift (as evaluated)": lambda obs, x0, eps: flow_sac.sample_actions(nets, obs, x0, args),
+        "neither": plain,
+    }
+    for name, policy in policies.items():
+        generator, returns = torch.Generator().manual_seed(0), []
+        for episode in range(episodes):
+            obs, _ = env.reset(seed=episode)
+            returns.append(0.0)
+            done = False
+            while not done:
+                shape = args.flow_steps + 1, 1, *env.action_space.shape
+                noise = torch.randn(shape, generator=generator)
+                with torch.no_grad():
+                    inputs = torch.as_tensor(obs, dtype=torch.float32)[None], noise[0], noise[1:]
+                    action = policy(*inputs)[0].numpy()
+                obs, reward, terminated, truncated, _ = env.step(action)
+                returns[-1] += reward
+                done = terminated or truncated
+        mean, std = np.mean(returns), np.std(returns)
+        print(f"{name:30} mean return {mean:.1f}, standard deviation {std:.1f}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, config=(tyro.conf.OmitArgPrefixes,))
