@@ -183,7 +183,7 @@ class SeededReset(gymnasium.Wrapper):
 
 
 def continuous_env(env_id):
-    """Gymnasium id -> function that makes it, with actions in [-1, 1]. Raises UserError."""
+    """Registered Gymnasium id -> function that makes it, actions in [-1, 1]. Raises UserError."""
     known = [name for name in gymnasium.registry if "/" not in name]
     if env_id not in gymnasium.registry:
         close = difflib.get_close_matches(env_id, known, n=3, cutoff=0)
@@ -476,8 +476,8 @@ class Run:
         """Replace checkpoint.pt; torch.load(path, weights_only=True) reads it."""
         write_atomically(self.path / "checkpoint.pt", lambda file: torch.save(state, file))
 
-    def plot(self):
-        """Draw curve.png from the CSV files."""
+    def plot(self, unit="updates"):
+        """Draw curve.png from the CSV files, over their column `step`, which counts `unit`."""
         from matplotlib.figure import Figure  # here, since it takes a second
 
         def read(name):
@@ -498,13 +498,14 @@ class Run:
             rows = read("train.csv")
             for name in (name for name in rows if name.endswith("_loss")):
                 middle.plot(rows["step"], rows[name], linewidth=1, label=name.removesuffix("_loss"))
-            middle.set(title="losses", yscale="log")
+            middle.set(title="losses")
+            middle.set_yscale("symlog", linthresh=1e-2)  # a policy's loss can be negative
             right.plot(rows["step"], rows["q_mean"], linewidth=1, label="mean")
             right.fill_between(rows["step"], rows["q_min"], rows["q_max"], alpha=0.2, label="range")
             right.set(title="Q in a batch")
             middle.legend(), right.legend()
         for axes in (left, middle, right):
-            axes.set_xlabel("updates")
+            axes.set_xlabel(unit)
             axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
             axes.grid(alpha=0.3)
         figure.savefig(self.path / "curve.png")

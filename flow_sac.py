@@ -80,7 +80,7 @@ class Args:
     init_temperature: float = 0.2
     """weight of the entropy at the start; it is tuned from there"""
     target_entropy: float = 0.0
-    """path entropy that the temperature is tuned to"""
+    """path entropy that the temperature is tuned to; 0 suits K = 4 to 8, a larger K has less"""
     eval_interval: int = 20_000
     """environment steps between evaluations (there is always one at the end)"""
     eval_episodes: int = 50
@@ -273,7 +273,7 @@ class LogSigma(nn.Module):
     """log sigma(s, t), the noise level: (B, O), (B, 1) -> (B, A), in (low, high).
 
     The last step shrinks x by the factor 1 - sigma^2 / 2, so sigma has to stay clearly below 2. It
-    does not depend on x, without which the drift would not be exact.
+    must not depend on x, or the drift would not be exact.
     """
 
     def __init__(self, obs_dim, action_dim, width, low=-5.0, high=0.0):
@@ -322,7 +322,7 @@ def rollout(velocity, log_sigma, obs, x, eps):
     (B, O), (B, A), eps ~ N(0, I) (K, B, A) -> [x_0, ..., x_K], log-density of that path (B,).
     """
     dt = 1 / len(eps)
-    path, log_prob = [x], -0.5 * (x**2 + math.log(2 * math.pi)).sum(-1)
+    path, log_prob = [x], -0.5 * (x.detach() ** 2 + math.log(2 * math.pi)).sum(-1)  # noise: fixed
     for i, noise in enumerate(eps):
         t = torch.full_like(x[:, :1], i * dt)
         v, log_std = velocity(obs, x, t), log_sigma(obs, t)
@@ -398,7 +398,10 @@ def critic_loss(nets, batch, x0, eps, args):
 
 
 def policy_loss(nets, batch, x0, eps):
-    """temperature * log pi - min Q, back through all K steps; also returns the path."""
+    """temperature * log pi - min Q, back through all K steps; also returns the path.
+
+    Moves the running statistics of the observations, as critic_loss (crossq) does the critic's.
+    """
     obs = batch.observations
     nets.policy.train()
     actions, log_prob, path = explore(nets.policy, obs, x0, eps)
@@ -436,16 +439,21 @@ def update_critic(nets, optimizers, batch, draws, args):
 
 
 def update_policy(nets, optimizers, batch, draws, args):
-    """One gradient step on policy and temperature; metrics include norms of the loss's gradient:
-    by all parameters of the policy, and by each x_i of the rollout, (B, A) as one vector."""
+    """One gradient step on policy and temperature; metrics as tensors on the device.
+
+    They include norms of the loss's gradient: by the policy's parameters, by those of the velocity
+    alone (sigma's have the gradient of the entropy, which grows with K for any velocity), and by
+    each x_i of the rollout, (B, A) as one vector.
+    """
     x0 = draws.policy_x0.clone().requires_grad_()
     loss, metrics, path = policy_loss(nets, batch, x0, draws.policy_eps)
     for x in path:
         x.retain_grad()
     optimizers[1].zero_grad()
     loss.backward()
-    gradients = [p.grad for p in nets.policy.parameters()]
-    metrics["policy_grad_norm"] = nn.utils.get_total_norm(gradients)
+    for name, module in (("policy", nets.policy), ("velocity", nets.policy.velocity)):
+        gradients = [p.grad for p in module.parameters()]
+        metrics[f"{name}_grad_norm"] = nn.utils.get_total_norm(gradients)
     metrics.update({f"grad_x{i}": x.grad.norm() for i, x in enumerate(path)})
     optimizers[1].step()
 
@@ -522,8 +530,9 @@ def train(args, device, envs, eval_envs, run):
     Both are vector environments with actions in [-1, 1] that reset in the same step; in gymnasium's
     other modes there would be a step of no meaning after each episode. Raises ValueError.
     """
-    if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
-        raise ValueError(f"envs: autoreset_mode must be SAME_STEP, is {envs.metadata}")
+    for each in (envs, eval_envs):
+        if each.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
+            raise ValueError(f"autoreset_mode must be SAME_STEP, is {each.metadata}")
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(args.seed + 2**31)  # for the networks; not the generator's random numbers
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -568,6 +577,8 @@ def train(args, device, envs, eval_envs, run):
         returns[done] = 0
         progress.update(n)
 
+        if updates == 0:  # nothing to log yet; the random steps' speed says nothing
+            logged_step, logged_time, finished = step, time.perf_counter(), []
         for _ in range(n if step > args.learning_starts else 0):
             batch = buffer.sample(args.batch_size, generator)
             draws = draw(batch.actions, args.flow_steps, generator)
@@ -594,7 +605,7 @@ def train(args, device, envs, eval_envs, run):
             run.log("eval.csv", step=step, episodes=args.eval_episodes, **result)
             state = [optimizer.state_dict() for optimizer in optimizers]
             run.save(step=step, nets=nets.state_dict(), optimizers=state)
-            run.plot()
+            run.plot("environment steps")
             shown["return"] = f"{result['return']:.1f}"
             progress.set_postfix(shown)
             logged_time += time.perf_counter() - eval_start  # does not count as steps
@@ -610,6 +621,9 @@ def train(args, device, envs, eval_envs, run):
 def main():
     args = common.parse_args(Args, __doc__, SETTINGS)
     make_env = common.continuous_env(args.env)
+    if args.learning_starts >= args.online_steps:
+        what = f"--learning-starts {args.learning_starts}: nothing would be learned in"
+        raise common.UserError(f"{what} --online-steps {args.online_steps}")
     device = common.pick_device(args.device)
     run = common.Run(
         args.run_dir,

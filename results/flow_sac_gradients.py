@@ -2,12 +2,14 @@
 
     python results/flow_sac_gradients.py --out results/flow-sac-gradients
 
-Trains HalfCheetah-v5 for some thousand updates with each network and each K, then measures on
-fixed batches of observations. Writes gradients.csv and gradients.png.
+Trains HalfCheetah-v5 for 4,000 updates with each network and each K, then measures on fixed
+batches of observations. Writes gradients.csv and gradients.png. An entropy of 0, the target for
+K = 4, means another noise level for another K; the target is moved so that sigma can stay.
 """
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -26,6 +28,7 @@ import common  # noqa: E402
 import flow_sac  # noqa: E402
 
 POLICIES = ("flow-t", "flow-g", "naive")
+COLUMNS = ["velocity_grad_norm", "sigma_grad_norm", "sigma", "entropy", "temperature"]
 
 
 @dataclass
@@ -34,25 +37,33 @@ class Args:
     """folder for table and picture; the runs go into runs/ below it"""
     steps: tuple[int, ...] = (1, 2, 4, 8, 16)
     """the values of K"""
-    online_steps: int = 8_000
-    """environment steps of each training, the first 2,000 of them without updates"""
+    online_steps: int = 5_000
+    """environment steps of each training, the first 1,000 of them without updates"""
     seed: int = 0
     """of the trainings"""
     workers: int = 2
     """trainings at a time, one thread each"""
 
 
+def target_entropy(k, sigma=0.35, action_dim=6):
+    """The entropy of a path of K steps with this sigma: near the authors' 0 for their K = 4."""
+    step = 0.5 * math.log(2 * math.pi * math.e / k) + math.log(sigma)
+    return round(action_dim * (0.5 * math.log(2 * math.pi * math.e) + k * step), 2)
+
+
 def run_of(args, policy, k):
     """Train unless it has been trained already; returns the run's folder."""
-    folder = args.out / "runs" / f"{policy}-K{k}-seed{args.seed}"
+    folder = args.out / "runs" / f"{policy}-K{k}-{args.online_steps}-seed{args.seed}"
     if not list(folder.glob("*/checkpoint.pt")):
         flags = f"""--env HalfCheetah-v5 --policy {policy} --flow-steps {k} --seed {args.seed}
-            --policy-width 128 --hidden 256 256 --batch-size 256 --learning-starts 2000
+            --policy-width 128 --hidden 256 256 --batch-size 256 --learning-starts 1000
             --online-steps {args.online_steps} --eval-interval {args.online_steps}
-            --eval-episodes 4 --run-dir {folder}"""
+            --eval-episodes 4 --run-dir {folder} --target-entropy {target_entropy(k)}"""
         command = [sys.executable, str(ROOT / "flow_sac.py"), *flags.split()]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(result.stderr[-500:])
     return next(folder.glob("*/checkpoint.pt")).parent
 
 
@@ -68,24 +79,31 @@ def observations(count, seed=0):
 
 
 def measure(folder, k, obs, batches=8):
-    """Norms for the run's weights with K = k: of the policy's gradient, and at x_0, ..., x_K."""
+    """For the run's weights with K = k: COLUMNS, then the norms at x_0, ..., x_K."""
     config = json.loads((folder / "config.json").read_text())["args"]
     config["hidden"] = tuple(config["hidden"])
     args = flow_sac.Args(**config)
     nets = flow_sac.Networks(obs.shape[1], 6, args)
-    nets.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["nets"])
+    state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
+    nets.load_state_dict(state["nets"])
     generator, rows = torch.Generator().manual_seed(0), []
     for part in obs.chunk(batches):
         noise = torch.randn(k + 1, len(part), 6, generator=generator)
         batch = flow_sac.Batch(part, None, None, None, None)
         nets.zero_grad()
         x0 = noise[0].requires_grad_()
-        loss, _, path = flow_sac.policy_loss(nets, batch, x0, noise[1:])
+        loss, metrics, path = flow_sac.policy_loss(nets, batch, x0, noise[1:])
         for x in path:
             x.retain_grad()
         loss.backward()
-        total = torch.nn.utils.get_total_norm([p.grad for p in nets.policy.parameters()])
-        rows.append([total.item()] + [x.grad.norm().item() for x in path])
+        norms = [
+            torch.nn.utils.get_total_norm([p.grad for p in module.parameters()])
+            for module in (nets.policy.velocity, nets.policy.log_sigma)
+        ]
+        obs_norm = nets.policy.eval().obs_norm(part)
+        log_sigma = nets.policy.log_sigma(obs_norm, torch.full_like(part[:, :1], 0.5))
+        norms += [log_sigma.exp().mean(), metrics["entropy"], nets.log_temperature.exp()]
+        rows.append([x.item() for x in norms] + [x.grad.norm().item() for x in path])
     return np.mean(rows, 0)
 
 
@@ -102,7 +120,8 @@ def main():
             rows.append(("trained with K = 4", policy, k, measure(folders[policy, 4], k, obs)))
     with open(args.out / "gradients.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["weights", "policy", "K", "policy_grad_norm", "grad_x0", "..."])
+        points = [f"grad_x{i}" for i in range(max(args.steps) + 1)]
+        writer.writerow(["weights", "policy", "K", *COLUMNS, *points])
         for *words, values in rows:
             writer.writerow([*words, *(f"{v:.5g}" for v in values)])
 
@@ -112,15 +131,15 @@ def main():
         for policy in POLICIES:
             picked = [(k, v) for w, p, k, v in rows if (w, p) == (weights, policy)]
             axes[0, column].plot(*zip(*[(k, v[0]) for k, v in picked]), "o-", label=policy)
-        axes[0, column].set(title=f"policy's gradient norm, {weights}")
+        axes[0, column].set(title=f"velocity's gradient norm, {weights}")
     for policy in POLICIES:
         picked = [(k, v) for w, p, k, v in rows if (w, p) == ("trained with this K", policy)]
-        axes[0, 2].plot(*zip(*[(k, v[1] / v[-1]) for k, v in picked]), "o-", label=policy)
+        axes[0, 2].plot(*zip(*[(k, v[5] / v[-1]) for k, v in picked]), "o-", label=policy)
     axes[0, 2].set(title="gradient at x_0 / gradient at x_K, trained with this K")
     for column, policy in enumerate(POLICIES):
         for w, p, k, v in rows:
             if (w, p) == ("trained with this K", policy):
-                axes[1, column].plot(np.arange(k + 1) / k, v[1:], ".-", label=f"K = {k}")
+                axes[1, column].plot(np.arange(k + 1) / k, v[5:], ".-", label=f"K = {k}")
         axes[1, column].set(title=f"{policy}: gradient norm at x_i", xlabel="i / K")
     for axis in axes.flat:
         axis.set_yscale("log")
@@ -131,8 +150,9 @@ def main():
         axis.set_xlabel("K")
     figure.savefig(args.out / "gradients.png")
     for weights, policy, k, values in rows:
-        ratio = values[1] / values[-1]
-        print(f"{weights:20} {policy:7} K {k:2}  {values[0]:8.4g}  x_0 / x_K {ratio:.4g}")
+        ratio = values[5] / values[-1]
+        shown = " ".join(f"{name} {v:.3g}" for name, v in zip(COLUMNS, values))
+        print(f"{weights:20} {policy:7} K {k:2}  {shown}  x_0 / x_K {ratio:.3g}")
 
 
 if __name__ == "__main__":

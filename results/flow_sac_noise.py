@@ -22,7 +22,9 @@ def load(folder):
     args = flow_sac.Args(**{k: tuple(v) if type(v) is list else v for k, v in config.items()})
     env = common.continuous_env(args.env)()
     nets = flow_sac.Networks(env.observation_space.shape[0], env.action_space.shape[0], args)
-    nets.load_state_dict(torch.load(folder / "checkpoint.pt", weights_only=True)["nets"])
+    nets.load_state_dict(
+        torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")["nets"]
+    )
     return args, nets, env
 
 
@@ -30,6 +32,7 @@ def main(folder: tyro.conf.Positional[Path], episodes: int = 50):
     """folder: a run of flow_sac.py; episodes: for each of the three."""
     torch.set_num_threads(1)
     args, nets, env = load(folder)
+    env = common.SeededReset(env)
 
     def plain(obs, x0, eps):  # Euler steps of v alone
         obs, x, k = nets.policy.obs_norm(obs), x0, args.flow_steps
