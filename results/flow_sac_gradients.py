@@ -2,7 +2,7 @@
 
     python results/flow_sac_gradients.py --out results/flow-sac-gradients
 
-Trains HalfCheetah-v5 for 4,000 updates with each network and each K, then measures on fixed
+Trains HalfCheetah-v5 for 3,000 updates with each network and each K, then measures on fixed
 batches of observations. Writes gradients.csv and gradients.png. An entropy of 0, the target for
 K = 4, means another noise level for another K; the target is moved so that sigma can stay.
 """
@@ -37,7 +37,7 @@ class Args:
     """folder for table and picture; the runs go into runs/ below it"""
     steps: tuple[int, ...] = (1, 2, 4, 8, 16)
     """the values of K"""
-    online_steps: int = 5_000
+    online_steps: int = 4_000
     """environment steps of each training, the first 1,000 of them without updates"""
     seed: int = 0
     """of the trainings"""
