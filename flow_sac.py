@@ -62,7 +62,7 @@ class Args:
     policy_width: int = 0
     """of the velocity and noise networks; 0: the authors', flow-t 96, flow-g and naive 512"""
     critic: Literal["crossq", "sac"] = "crossq"
-    """critics with BatchRenorm and a joint forward pass, or with target networks"""
+    """critics with BatchRenorm and a joint forward pass, or with target networks (--tau)"""
     policy_lr: float = 3e-4
     """learning rate of the policy's Adam"""
     q_lr: float = 1e-3

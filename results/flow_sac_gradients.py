@@ -41,6 +41,8 @@ class Args:
     """environment steps of each training, the first 1,000 of them without updates"""
     seed: int = 0
     """of the trainings"""
+    trained: tuple[Path, ...] = ()
+    """folders of further runs on HalfCheetah-v5, measured at every K, in the order of POLICIES"""
     workers: int = 2
     """trainings at a time, one thread each"""
 
@@ -118,6 +120,8 @@ def main():
         rows.append(("trained with this K", policy, k, measure(folders[policy, k], k, obs)))
         if 4 in args.steps:
             rows.append(("trained with K = 4", policy, k, measure(folders[policy, 4], k, obs)))
+    for policy, folder in zip(POLICIES, args.trained):
+        rows += [(folder.parent.name, policy, k, measure(folder, k, obs)) for k in args.steps]
     with open(args.out / "gradients.csv", "w", newline="") as file:
         writer = csv.writer(file)
         points = [f"grad_x{i}" for i in range(max(args.steps) + 1)]

@@ -1,0 +1,29 @@
+"""One picture of the evaluations of several runs.
+
+python results/curves.py results/halfcheetah/* --out results/halfcheetah/returns.png
+"""
+
+import csv
+from pathlib import Path
+
+import tyro
+from matplotlib.figure import Figure
+
+
+def main(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path, column: str = "return"):
+    """folders: of runs; out: the picture; column: of eval.csv."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for folder in folders:
+        if (folder / "eval.csv").is_file():
+            rows = list(csv.DictReader((folder / "eval.csv").open()))
+            steps, values = ([float(row[name]) for row in rows] for name in ("step", column))
+            axes.plot(steps, values, ".-", label=folder.name)
+    axes.set(xlabel="step", ylabel=column)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(out)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
