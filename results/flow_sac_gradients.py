@@ -121,7 +121,7 @@ def main():
         if 4 in args.steps:
             rows.append(("trained with K = 4", policy, k, measure(folders[policy, 4], k, obs)))
     for policy, folder in zip(POLICIES, args.trained):
-        rows += [(folder.parent.name, policy, k, measure(folder, k, obs)) for k in args.steps]
+        rows += [("of --trained", policy, k, measure(folder, k, obs)) for k in args.steps]
     with open(args.out / "gradients.csv", "w", newline="") as file:
         writer = csv.writer(file)
         points = [f"grad_x{i}" for i in range(max(args.steps) + 1)]
