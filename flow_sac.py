@@ -80,7 +80,7 @@ class Args:
     init_temperature: float = 0.2
     """weight of the entropy at the start; it is tuned from there"""
     target_entropy: float = 0.0
-    """path entropy that the temperature is tuned to; 0 suits K = 4 to 8, a larger K has less"""
+    """path entropy that the temperature is tuned to; 0 is for K = 4, above 16 it is out of reach"""
     eval_interval: int = 20_000
     """environment steps between evaluations (there is always one at the end)"""
     eval_episodes: int = 50

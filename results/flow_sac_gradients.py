@@ -1,10 +1,12 @@
 """Gradient norms of SAC Flow's actor against K, for the three velocity networks.
 
-    python results/flow_sac_gradients.py --out results/flow-sac-gradients
+    python results/flow_sac_gradients.py --trained RUN RUN RUN     # flow-t, flow-g, naive
+    python results/flow_sac_gradients.py --out /tmp/gradients      # trains them itself
 
-Trains HalfCheetah-v5 for 3,000 updates with each network and each K, then measures on fixed
-batches of observations. Writes gradients.csv and gradients.png. An entropy of 0, the target for
-K = 4, means another noise level for another K; the target is moved so that sigma can stay.
+Measures on fixed batches of observations, either the weights of three runs on HalfCheetah-v5 with
+every K, or those of 3,000 updates with each network and each K (15 trainings, which have not been
+run to the end). Writes gradients.csv and gradients.png. Of the trainings: an entropy of 0, the
+target for K = 4, means another noise level for another K; the target moves so that sigma can stay.
 """
 
 import csv
