@@ -1,102 +1,140 @@
 """Data onto the device, results onto disk and screen; nothing here is about a method."""
 
-import csv
 import difflib
 import importlib.metadata
 import io
 import json
 import multiprocessing
 import os
-import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
 import time
 import warnings
 import zipfile
-from contextlib import redirect_stderr
+from contextlib import closing, contextmanager, redirect_stderr, suppress
+from ctypes.util import find_library
 from pathlib import Path
 from typing import NamedTuple
 
+if "--video" in sys.argv:  # MuJoCo wants to know when it is imported
+    os.environ.setdefault("MUJOCO_GL", "egl" if find_library("EGL") else "osmesa")
+
 import gymnasium
+import imageio
 import numpy as np
 import ogbench
 import ogbench.online_locomotion  # registers online-ant-v0 and relatives
+import requests
 import torch
 import tyro
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from filelock import FileLock
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from ogbench.relabel_utils import relabel_dataset
 from tqdm import tqdm
 
-warnings.filterwarnings("ignore", message=".*DISPLAY environment variable")  # nothing is shown
-warnings.filterwarnings("ignore", message=".*precision lowered by casting")  # of OGBench's spaces
+warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, spaces, old versions
+
+TYRO = dict(config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone))
+MAY_CHANGE = dict(  # of the settings of the run that --resume or --evaluate names
+    resume="offline_steps online_steps eval_interval eval_episodes log_interval compile".split(),
+    evaluate="eval_episodes seed device video".split(),
+)
+DIVERGED = "; the last good checkpoint is kept, a new run with a smaller --lr may do better"
+SAME_STEP = dict(autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; shown as one line."""
+    """A mistake that the user can mend; one line."""
+
+    def __init__(self, text):
+        super().__init__(" ".join(text.split()))
 
 
 # --------------------------------------------------------------------------------- command line
 
 
-def tuned(args_type, settings, env):
-    """args_type with the row of settings whose name begins `env`; its own defaults without one."""
-    row = next((row for name, row in settings.items() if env.startswith(name)), {})
-    return args_type(**{"env": env, **row})
+def flags(settings):
+    """Settings (name -> value) as words of a command line; None and what is off need none."""
+    words = []
+    for name, value in settings.items():
+        values = value if isinstance(value, list | tuple) else [] if value is True else [value]
+        if value is not None and value is not False:
+            words += ["--" + name.replace("_", "-"), *map(str, values)]
+    return words
 
 
-def flag(name):
-    return "--" + name.replace("_", "-")
+@contextmanager
+def reading(folder):
+    """What goes wrong inside becomes a UserError: the folder is not that of such a run."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as e:  # a damaged file can raise anything, tyro exits
+        script = Path(sys.argv[0]).name
+        raise UserError(f"{folder}: damaged, or not a run of {script}: {e!r}") from None
 
 
-def settings_table(args_type, settings):
-    """The settings as text for --help, environment by environment, as flags."""
-    *_, names = settings.values()
-    lines = []
-    for env, row in {**settings, "any other": vars(args_type())}.items():
-        names = row if env in settings else names
-        values = {k: " ".join(map(str, v)) if type(v) is tuple else v for k, v in row.items()}
-        words = f"{env:29}" + " ".join(f"{flag(name)} {values[name]}" for name in names)
-        lines += textwrap.wrap(
-            words, 95, initial_indent="    ", subsequent_indent=" " * 33, break_on_hyphens=False
-        )
-    return "\n".join(lines)
+def read_args(args_type, folder):
+    """The settings of the run in a folder, as args_type. Raises UserError."""
+    with reading(folder), redirect_stderr(io.StringIO()):
+        saved = json.loads((Path(folder) / "config.json").read_text())["args"]
+        args = tyro.cli(args_type, args=flags(saved), **TYRO)
+        if json.loads(json.dumps(vars(args), default=str)) != saved:
+            raise ValueError(f"args in config.json, {saved}")
+    args.resume, args.evaluate, args.video = None, None, False
+    return args
 
 
 def parse_args(args_type, doc, settings):
-    """Command line -> args_type, on top of the settings of its --env. Raises UserError."""
-    table = settings_table(args_type, settings)
-    doc = f"{doc}\nDefaults by environment (a flag that is given beats them):\n\n{table}"
-    config = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone)
+    """Command line -> args_type. Raises UserError.
+
+    What is not given is as in the run of --resume or --evaluate, or as in the settings of --env.
+    """
+    doc += "\nDefaults by environment (a flag that is given beats them):\n"
+    *_, last = settings.values()
+    for env, row in {**settings, "any other": {k: vars(args_type())[k] for k in last}}.items():
+        indent = dict(initial_indent="\n    ", subsequent_indent=" " * 33, break_on_hyphens=False)
+        doc += textwrap.fill(f"{env:29}" + " ".join(flags(row)), 95, **indent)
     box = io.StringIO()
     try:
-        with redirect_stderr(box):  # twice: --env decides what the other flags default to
-            args, _ = tyro.cli(args_type, return_unknown_args=True, add_help=False, config=config)
-            default = tuned(args_type, settings, args.env)
-            args = tyro.cli(args_type, default=default, description=doc, config=config)
+        with redirect_stderr(box):  # twice: the first says what the others default to
+            args, _ = tyro.cli(args_type, return_unknown_args=True, add_help=False, **TYRO)
+            row = next((row for env, row in settings.items() if args.env.startswith(env)), {})
+            folder = args.resume or args.evaluate
+            default = read_args(args_type, folder) if folder else args_type(env=args.env, **row)
+            args = tyro.cli(args_type, default=default, description=doc, **TYRO)
     except SystemExit as e:
         if not e.code:
             raise
-        text = " ".join(re.sub("[─│╭╮╰╯]", " ", box.getvalue().partition("\n")[2]).split())
+        text = " ".join(re.sub("[─│╭╮╰╯]|--{9,}", " ", box.getvalue().partition("\n")[2]).split())
         text = re.split(" Argument helptext| For full helptext", text)[0]
         text = re.sub(r"(Perhaps you meant: --\S+).*", r"\1", text)
         raise UserError(f"{text} (--help lists all flags)") from None
+    if args.resume and args.evaluate or args.video and not args.evaluate:
+        raise UserError("--video goes with --evaluate, --evaluate does not go with --resume")
+    mode = "resume" if args.resume else "evaluate"
     limits = dict(discount=(1e-9, 1), tau=(1e-9, 1), seed=(0, 2**31 - 1), task=(-99, 99))
     limits.update(policy_width=(0, 1e6), target_entropy=(-1e6, 1e6))
     for name, value in vars(args).items():
-        if value == ():
-            raise UserError(f"{flag(name)}: needs at least one number")
+        said = " ".join(flags({name: value})) or f"no {name}"
         low, high = limits.get(name, (1e-12, 1e12))
-        for x in value if type(value) is tuple else (value,):
-            if type(x) in (int, float) and not low <= x <= high:
-                raise UserError(f"{flag(name)} {x}: too {'large' if x > high else 'small'}")
+        numbers = [x for x in np.ravel(value) if type(value) in (int, float, tuple)]
+        if value == () or not all(low <= x <= high for x in numbers):
+            raise UserError(f"{said}: must be from {low:g} to {high:g}")
+        if folder and value != getattr(default, name) and name not in [mode, *MAY_CHANGE[mode]]:
+            kept = " ".join(flags({k: v for k, v in vars(default).items() if k == name}))
+            raise UserError(f"{said}: {folder} was started with {kept or 'no such flag'}")
     return args
 
 
 def cli(main):
     """Run main(); a user's mistake becomes one line on stderr and exit code 2."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         main()
     except UserError as e:
@@ -110,10 +148,8 @@ def cli(main):
 def pick_device(name, compile=False):
     """'auto', 'cpu', 'cuda' or 'cuda:N' -> torch.device. Raises UserError."""
     count = torch.cuda.device_count()
-    if name == "auto":
-        name = "cuda" if count else "cpu"
-    cuda = re.fullmatch(r"cuda(:\d+)?", name)
-    if name != "cpu" and not (cuda and int((cuda[1] or ":0")[1:]) < count):
+    name = name if name != "auto" else "cuda" if count else "cpu"
+    if name not in ["cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]:
         raise UserError(f"--device {name}: must be cpu or one of the {count} CUDA devices found")
     compilers = os.environ.get("CXX", "g++"), "g++", "clang++"
     if compile and name == "cpu" and not any(map(shutil.which, compilers)):
@@ -124,41 +160,53 @@ def pick_device(name, compile=False):
 # --------------------------------------------------------------------------------- environments
 
 
-class Task(NamedTuple):
-    """What --env and --task name."""
-
-    name: str  # antmaze-giant-navigate-singletask-task3-v0
-    dataset: str  # antmaze-giant-navigate-v0
-    env_id: str  # antmaze-giant-singletask-task3-v0
-
-
-def dataset_names():
-    """Every state-based dataset whose single tasks the installed ogbench has environments for."""
-    names = []
+def task_names():
+    """Every name of an OGBench task on states -> name of its dataset, environment id."""
+    names = {}
     for env_id in gymnasium.registry:
-        base, found, _ = env_id.partition("-singletask-v0")
+        base, found, task = env_id.removesuffix("-v0").partition("-singletask")
         kinds = ["navigate", "stitch"] if re.search("maze|soccer", base) else ["play", "noisy"]
         kinds += ["explore"] if re.fullmatch("antmaze-(medium|large|teleport)", base) else []
-        if found and not base.startswith("visual"):
-            names += [f"{base}-{kind}-v0" for kind in kinds]
+        for kind in kinds if found and not base.startswith("visual") else ():
+            names[f"{base}-{kind}-singletask{task}-v0"] = f"{base}-{kind}-v0", env_id
     return names
 
 
+def check_name(said, name, known):
+    """Raises UserError with the closest of the known names, if name is none of them."""
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0)
+        raise UserError(f"{said}: no such environment; closest: {', '.join(close)}")
+
+
 def resolve_task(env, task=0):
-    """--env NAME[-singletask[-taskN]]-v0 and --task N (0: default) -> Task. Raises UserError."""
-    match = re.fullmatch(r"(.+?)(?:-singletask(?:-task(\d+))?)?-(v\d+)", env)
-    dataset = f"{match[1]}-{match[3]}" if match else env
-    if dataset not in dataset_names():
-        close = difflib.get_close_matches(dataset, dataset_names(), n=3, cutoff=0)
-        raise UserError(f"--env {env}: no such OGBench dataset; closest: {', '.join(close)}")
-    number = int(match[2] or task)
-    if task not in (0, number):
-        raise UserError(f"--task {task}: --env {env} already names task {number}")
-    if match[2] == "0" or not 0 <= number <= 5:
-        raise UserError(f"task {number}: must be 1 to 5, or left out for the default task")
-    suffix = f"singletask-task{number}" if number else "singletask"
-    base, kind, version = dataset.rsplit("-", 2)
-    return Task(f"{base}-{kind}-{suffix}-{version}", dataset, f"{base}-{suffix}-{version}")
+    """--env and --task (0: the default one) -> name, dataset, environment id. Raises UserError.
+
+    NAME-v0, NAME-singletask-v0 and NAME-singletask-taskN-v0 are the same but for the task.
+    """
+    stem, _, named = env.removesuffix("-v0").partition("-singletask")
+    name = f"{stem}-singletask{named or (task and f'-task{task}') or ''}-v0"
+    known = task_names()
+    check_name(f"--env {env} --task {task}" if task else f"--env {env}", name, known)
+    if task and named not in ("", f"-task{task}"):
+        raise UserError(f"--task {task}: --env {env} already names a task")
+    return name, *known[name]
+
+
+def continuous_env(env_id):
+    """Gymnasium id -> function that makes it, with actions in [-1, 1]. Raises UserError."""
+    check_name(env_id, env_id, [name for name in gymnasium.registry if "/" not in name])
+    make = lambda **options: gymnasium.make(env_id, **options)
+    try:
+        with make() as env:
+            for space in env.observation_space, env.action_space:
+                if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+                    raise ValueError(f"{space} is not a vector (Box)")
+            if not env.action_space.is_bounded():
+                raise ValueError(f"actions {env.action_space} are not bounded")
+    except Exception as e:  # also a package that is missing, a version that is too old
+        raise UserError(f"--env {env_id}: cannot be used: {e}") from None
+    return lambda **options: gymnasium.wrappers.RescaleAction(make(**options), -1.0, 1.0)
 
 
 class SeededReset(gymnasium.Wrapper):
@@ -174,38 +222,63 @@ class SeededReset(gymnasium.Wrapper):
         number = int(self.seeds.integers(2**31))
         np.random.seed(number)
         self.env.action_space.seed(number)
-        obs, _ = self.env.reset(seed=number, options=options)
-        return obs, {}
+        return self.env.reset(seed=number, options=options)[0], {}
 
     def step(self, action):
         *result, info = self.env.step(action)
         return *result, {k: info[k] for k in ("success",) if k in info}
 
 
-def continuous_env(env_id):
-    """Registered Gymnasium id -> function that makes it, actions in [-1, 1]. Raises UserError."""
-    known = [name for name in gymnasium.registry if "/" not in name]
-    if env_id not in gymnasium.registry:
-        close = difflib.get_close_matches(env_id, known, n=3, cutoff=0)
-        raise UserError(f"--env {env_id}: no such environment; closest: {', '.join(close)}")
-    try:
-        with gymnasium.make(env_id) as env:
-            obs, actions = env.observation_space, env.action_space
-    except Exception as e:  # a package that is missing, a version that is too old
-        raise UserError(f"--env {env_id}: cannot be made: {' '.join(str(e).split())}") from None
-    for name, space in (("observations", obs), ("actions", actions)):
-        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-            raise UserError(f"--env {env_id}: {name} must be a vector (Box), here {space}")
-    if not actions.is_bounded():
-        raise UserError(f"--env {env_id}: actions must be bounded, here {actions}")
-    return lambda: gymnasium.wrappers.RescaleAction(gymnasium.make(env_id), -1.0, 1.0)
+class Film(gymnasium.Wrapper):
+    """Keeps a picture of every eighth step."""
+
+    steps, pictures = 0, ()
+
+    def step(self, action):
+        if self.steps % 8 == 0:
+            self.pictures = [*self.pictures, self.env.render()]
+        self.steps += 1
+        return self.env.step(action)
 
 
 def make_envs(env, num_envs):
     """`num_envs` copies of a Gymnasium id, or of what a function makes, a process each."""
-    make = env if callable(env) else lambda: gymnasium.make(env)
-    functions = [lambda: SeededReset(make())] * num_envs
-    return AsyncVectorEnv(functions, autoreset_mode=AutoresetMode.SAME_STEP)
+
+    def start():
+        if multiprocessing.parent_process():  # Ctrl-C is for the main process, which ends this one
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return SeededReset(env() if callable(env) else gymnasium.make(env))
+
+    return AsyncVectorEnv([start] * num_envs, **SAME_STEP)
+
+
+def report(evaluate, policy, env, args):
+    """Print what a policy achieves, with 95 % intervals; --video: film three episodes.
+
+    evaluate, policy: as in the method files; env: as for make_envs.
+    """
+    n, z, play = args.eval_episodes, 1.96, (getattr(args, "horizon", 1), args.seed)
+    make = env if callable(env) else lambda **options: gymnasium.make(env, **options)
+    with closing(make_envs(make, min(n, 25))) as envs:
+        results = evaluate(policy, envs, n, *play)
+    for name, x in results.items():
+        middle, half = x.mean(), z * x.std(ddof=1) / n**0.5 if n > 1 else np.nan
+        if name == "success":  # Wilson's interval: at 100 % the other has no width
+            half = z / (1 + z**2 / n) * (x.var() / n + z**2 / n**2 / 4) ** 0.5
+            middle = (middle + z**2 / n / 2) / (1 + z**2 / n)
+        if not np.isnan(middle):
+            print(f"{name} {x.mean():.4g} (95 %: {middle - half:.4g} to {middle + half:.4g})")
+    if args.video:
+        try:
+            film = Film(make(render_mode="rgb_array"))
+            with closing(SyncVectorEnv([lambda: SeededReset(film)], **SAME_STEP)) as envs:
+                evaluate(policy, envs, 3, *play)
+            path = args.evaluate / "evaluation.gif"
+            write(path, lambda file: imageio.mimsave(file, film.pictures, "GIF", loop=0))
+            print(f"three episodes, every eighth step: {path}")
+        except Exception as e:  # whatever a missing library raises
+            print(f"--video: cannot render, which needs EGL or OSMesa: {e!r}", file=sys.stderr)
 
 
 # ------------------------------------------------------------------------------------- datasets
@@ -234,16 +307,10 @@ class Dataset:
         self, observations, actions, next_observations, rewards, masks, terminals, device="cpu"
     ):
         n, obs_dim = len(actions), observations.shape[1:]
-        for name, array, shape in [
-            ("actions", actions, (n, *actions.shape[1:2])),
-            ("observations", observations, (n, *obs_dim[:1])),
-            ("next_observations", next_observations, (n, *obs_dim[:1])),
-            ("rewards", rewards, (n,)),
-            ("masks", masks, (n,)),
-            ("terminals", terminals, (n,)),
-        ]:
-            if array.shape != shape or n == 0:
-                raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+        for name, array in {k: v for k, v in locals().items() if isinstance(v, np.ndarray)}.items():
+            size = actions.shape[1:2] if name == "actions" else obs_dim[:1] if "obs" in name else ()
+            if array.shape != (n, *size) or n == 0:
+                raise ValueError(f"{name} has shape {array.shape}, expected {(n, *size)}")
             if not np.isfinite(array).all():
                 row = np.argwhere(~np.isfinite(array))[0, 0]
                 raise ValueError(f"{name} has NaN or infinity, first in row {row}")
@@ -298,30 +365,28 @@ class Dataset:
         return self.chunks(starts, horizon, discount)
 
 
-def load_dataset(path, task, device):
-    """A file in OGBench's layout -> Dataset with OGBench's rewards for the task, source or None.
+def load_dataset(path, env_id, device):
+    """A file in OGBench's layout -> Dataset with the environment's rewards, and source or None.
 
     Raises UserError, which names the file and what is wrong with it.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with gymnasium.make(task.env_id) as env:
+    with gymnasium.make(env_id) as env:
         sizes = env.observation_space.shape + env.action_space.shape
         try:
-            if not zipfile.is_zipfile(path):
-                raise ValueError("not an npz file, or the end of one is missing")
+            with zipfile.ZipFile(path) as file:  # np.load does not look at checksums
+                if broken := file.testzip():
+                    raise ValueError(f"{broken} is damaged")
             with np.load(path) as file:
                 source = str(file["source"]) if "source" in file else None
-                for name in ("observations", "actions", "terminals", "qpos"):
-                    if name not in file:
-                        raise ValueError(f"has no {name}")
+                if missing := {"observations", "actions", "terminals", "qpos"} - set(file):
+                    raise ValueError(f"has no {', '.join(missing)}")
             data = ogbench.load_dataset(path, add_info=True)
             for name, array in data.items():
                 if len(array) != len(data["observations"]):
                     raise ValueError(f"{name} has the wrong length, or the last terminal is not 1")
                 if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
                     raise ValueError(f"{name} has NaN, infinity, or no real numbers")
-            relabel_dataset(task.env_id, env, data)
+            relabel_dataset(env_id, env, data)
             found = data["observations"].shape[1:] + data["actions"].shape[1:]
             if found != sizes:
                 raise ValueError(f"observation, action sizes {found}, the environment has {sizes}")
@@ -329,43 +394,83 @@ def load_dataset(path, task, device):
             names = "observations actions next_observations rewards masks terminals".split()
             return Dataset(*(data[name] for name in names), device=device), source
         except Exception as e:  # a damaged zip can raise anything; all of it means the same
-            cause = "arrays differ in length" if isinstance(e, IndexError) else str(e)
-            raise UserError(f"{path}: not a usable dataset: {' '.join(cause.split())}") from None
+            cause = getattr(e, "strerror", None) or str(e) or repr(e)
+            cause = "arrays differ in length" if isinstance(e, IndexError) else cause
+            raise UserError(f"{path}: not a usable dataset: {cause}") from None
 
 
-def get_dataset(task, path, device, horizon=1):
-    """The dataset for a task, and a line that says where it came from. Raises UserError.
+def get_dataset(name, env_id, path, url, device, horizon=1):
+    """The dataset `name` with rewards for env_id, and where it is from. Raises UserError.
 
     In this order: the file `path`; the official one in ~/.ogbench/data; for pointmaze-*-navigate
-    a small one collected here and kept in ~/.ogbench/collected; OGBench's own download.
+    one collected here; a download from `url`, a folder or file, by default OGBench's.
     """
-    official = Path("~/.ogbench/data").expanduser() / f"{task.dataset}.npz"
-    note = "given by --dataset" if path else "official file"
-    if not path and not official.exists() and re.match("pointmaze-.*-nav", task.dataset):
-        path = official.parents[1] / "collected" / official.name
-        if not path.exists():
-            collect_pointmaze(task.dataset, path)
-    elif not path:
-        path = official
-        try:
-            if not path.exists():
-                ogbench.download_datasets([task.dataset], path.parent)
-        except Exception as e:  # whatever network and disk can raise
-            if not path.exists():  # else only the -val.npz is missing, which nothing here needs
-                how = f"put {path.name} into {path.parent} by hand, or name it with --dataset"
-                raise UserError(f"{task.dataset}: download failed ({e}); {how}") from None
-    dataset, source = load_dataset(path, task, device)
+    note, target = "given by --dataset", path
+    if not path:
+        note, target = "official file", Path(f"~/.ogbench/data/{name}.npz").expanduser()
+        collect = not (url or target.exists()) and re.match("pointmaze-.*-nav", name)
+        target = target.parents[1] / "collected" / target.name if collect else target
+        url = (url or ogbench.utils.DATASET_URL).removesuffix("/")
+        with writing(target.parent), FileLock(target.with_name(f".{target.name}.lock")):
+            if not target.exists() and collect:  # which another run may just have done
+                collect_pointmaze(name, target)
+            elif not target.exists():
+                download(url if url.endswith(".npz") else f"{url}/{target.name}", target)
+    dataset, source = load_dataset(target, env_id, device)
     if horizon > len(dataset):
-        raise UserError(f"--horizon {horizon}: {path} has only {len(dataset)} transitions")
-    return dataset, f"{str(path).replace(str(Path.home()), '~')} ({source or note})"
+        raise UserError(f"--horizon {horizon}: {target} has only {len(dataset)} transitions")
+    return dataset, f"{str(target).replace(str(Path.home()), '~')} ({source or note})"
 
 
-def write_atomically(path, write):
-    """write(file) under a temporary name, then rename: nobody ever sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def download(url, path):
+    """Fetch url into path; goes on where it was interrupted. Raises UserError.
+
+    It gives up after three attempts in a row that bring nothing new: within 30 s without a host.
+    """
+    part, most, failures, whole = path.with_name(f"{path.name}.part"), 0, 0, False
+    while (have := part.stat().st_size if part.exists() else 0) > most or failures < 3:
+        failures, most = 0 if have > most else failures, max(have, most)
+        headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
+        try:
+            with requests.get(url, headers=headers, stream=True, timeout=(4, 8)) as response:
+                if response.status_code != 416:  # 416: nothing is lacking
+                    failures += 3 * (400 <= response.status_code < 500)
+                    response.raise_for_status()
+                    have *= response.status_code == 206  # 200: the host ignores ranges
+                    total = have + int(response.headers.get("Content-Length", 0))
+                    bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=path.name)
+                    with open(part, "ab" if have else "wb") as file, bar:
+                        for block in response.iter_content(2**18):
+                            bar.update(file.write(block))
+            with suppress(Exception), zipfile.ZipFile(part) as file:  # damage can raise anything
+                whole = not file.testzip()
+            if whole:
+                return part.rename(path)
+            cause, failures = "what came is not an npz file", failures + 2  # start once more
+            part.unlink(missing_ok=True)
+        except (requests.RequestException, ValueError) as e:
+            cause, failures = e, failures + 1
+        time.sleep(1)
+    how = f"put {path.name} into {path.parent} by hand, or name a file with --dataset"
+    raise UserError(f"{url}: download failed ({cause}); {how}, or a mirror with --dataset-url")
+
+
+@contextmanager
+def writing(place, hint=""):
+    """Makes the folder; what goes wrong on the disk inside becomes a UserError with its name."""
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        yield
+    except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of a full disk
+        raise UserError(f"{place}: cannot write there: {e}{hint}") from None
+
+
+def write(path, fill):
+    """fill(file) under a temporary name, then rename: nobody ever sees half a file."""
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            write(file)
+            fill(file)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -373,10 +478,6 @@ def write_atomically(path, write):
 
 def collect_pointmaze(name, path, episodes=300, workers=None, seed=0):
     """Write a pointmaze-*-navigate dataset to `path`, the same one for any number of workers."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"{path.parent}: cannot keep the collected data there: {e}") from None
     steps = 2001 if "giant" in name else 1001
     jobs = [(name.replace("-navigate", ""), steps, [seed, i]) for i in range(episodes)]
     with multiprocessing.Pool(workers) as pool:
@@ -384,7 +485,7 @@ def collect_pointmaze(name, path, episodes=300, workers=None, seed=0):
         parts = list(tqdm(results, f"collecting {name}", episodes, unit=" episodes"))
     data = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
     source = f"collected by OGBench's protocol, {episodes} episodes, seed {seed}; not official"
-    write_atomically(path, lambda file: np.savez_compressed(file, source=source, **data))
+    write(path, lambda file: np.savez_compressed(file, source=source, **data))
 
 
 def collect_episode(job):
@@ -426,41 +527,113 @@ def collect_episode(job):
 
 def commit():
     """The commit of this checkout, with a + if files have changed since; None outside of git."""
-    words = "git describe --always --abbrev=40 --dirty=+ --exclude *".split()
-    try:
-        here = Path(__file__).parent
-        return (
-            subprocess.run(words, cwd=here, capture_output=True, text=True).stdout.strip() or None
-        )
-    except OSError:  # no git
-        return None
+    words = "describe --always --abbrev=40 --dirty=+ --exclude *".split()
+    run = lambda *git: subprocess.run([*git, *words], capture_output=True, text=True).stdout
+    return shutil.which("git") and run("git", "-C", Path(__file__).parent).strip() or None
+
+
+def read_checkpoint(folder):
+    """The checkpoint in a run's folder: step, nets and more, on the CPU. Raises UserError."""
+    with reading(folder):
+        return torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
 
 
 class Run:
-    """A run's folder: config.json, CSV files, curve.png, checkpoint.pt. Raises UserError."""
+    """A run's folder: config.json, CSV files, curve.png, checkpoint.pt. Raises UserError.
 
-    def __init__(self, root, name, config):
+    It is root/name__time, or that of the run to `resume`. For a with statement.
+    """
+
+    def __init__(self, root, name, config, resume=None):
+        self.path = Path(resume or Path(root) / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}")
+        self.files, self.bars, self.state, self.warned = {}, [], {}, False
+        self.saved_at = time.monotonic()
+        self.hint = f"; go on with --resume {self.path}"
         packages = "torch", "numpy", "gymnasium", "ogbench", "mujoco"
-        versions = {name: importlib.metadata.version(name) for name in packages}
-        versions["python"] = platform.python_version()
-        threads = torch.get_num_threads()
-        config = {**config, "versions": versions, "threads": threads, "commit": commit()}
-        self.files, self.warned = {}, False
-        self.path = Path(root) / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
-        try:
-            self.path.mkdir(parents=True)
-            text = json.dumps(config, indent=2, default=str) + "\n"
-            (self.path / "config.json").write_text(text)
-        except OSError as e:
-            raise UserError(f"--run-dir {root}: cannot write there: {e}") from None
+        versions = {package: importlib.metadata.version(package) for package in packages}
+        versions["python"] = sys.version.split()[0]
+        extra = dict(versions=versions, threads=torch.get_num_threads(), commit=commit())
+        config = json.loads(json.dumps({**config, **extra}, default=str))
+        with reading(self.path):
+            old = json.loads((self.path / "config.json").read_text()) if resume else config
+            self.state = read_checkpoint(self.path) if resume else {"step": 0}
+            for name in ("device", "dataset"):
+                if old.get(name) != config.get(name):
+                    what = f"its {name} was {old.get(name)}, is {config.get(name)}"
+                    raise UserError(f"--resume {self.path}: {what}")
+            for name in {"offline_steps", "online_steps"} & set(config.get("args", ())):
+                if config["args"][name] < self.state["step"]:
+                    raise UserError(
+                        f"--resume {self.path}: is at step {self.state['step']} already"
+                    )
+        with writing(self.path.parent):
+            self.path.mkdir(exist_ok=bool(resume))
+            self.lock = FileLock(self.path / ".lock", blocking=False)
+            self.lock.acquire()
+            text = json.dumps(config, indent=2) + "\n"
+            write(self.path / "config.json", lambda file: file.write(text.encode()))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        for file in (*self.files.values(), *self.bars):
+            file.close()
+        self.lock.release()
+        if kind is KeyboardInterrupt:
+            print(f"stopped{self.hint}", file=sys.stderr)
+
+    def restore(self, parts):
+        """Put the states of the checkpoint into parts (name -> what has a state), if there is one.
+
+        Returns what else the checkpoint has: step, 0 in a new run. Drops rows logged after it.
+        """
+        with reading(self.path):
+            for name, part in parts.items() if self.state["step"] else ():
+                load = getattr(part, "load_state_dict", None) or part.set_state
+                load(self.state.pop(name))
+            for path in self.path.glob("*.csv"):
+                header, *rows = path.read_text().splitlines(keepends=True)
+                rows = [row for row in rows if int(row.split(",")[0]) <= self.state["step"]]
+                text = "".join([header, *rows]).encode()
+                write(path, lambda file, text=text: file.write(text))
+                self.read(path.name)
+        return self.state
+
+    def save(self, parts, **values):
+        """Replace checkpoint.pt by the states of parts and by values, `step` among them."""
+        for name, tensor in parts["nets"].state_dict().items():
+            if not tensor.isfinite().all():
+                raise UserError(f"step {values['step']}: {name} has NaN or infinity{DIVERGED}")
+        for name, part in parts.items():
+            values[name] = getattr(part, "state_dict", None) or part.get_state
+            values[name] = values[name]()
+        with writing(self.path, self.hint):
+            write(self.path / "checkpoint.pt", lambda file: torch.save(values, file))
+        self.saved_at = time.monotonic()
 
     def log(self, name, **row):
-        """Append a row to a CSV file, which takes its columns from the first."""
-        if name not in self.files:
-            self.files[name] = open(self.path / name, "w", newline="")
-            csv.writer(self.files[name]).writerow(row)
-        csv.writer(self.files[name]).writerow(row.values())
-        self.files[name].flush()
+        """Append a row to a CSV file, whose columns are the first row's. Losses must be finite."""
+        with writing(self.path, self.hint):
+            if name not in self.files:
+                self.files[name] = open(self.path / name, "a")
+                if self.files[name].tell() == 0:
+                    self.files[name].write(",".join(row) + "\n")
+            self.files[name].write(",".join(map(str, row.values())) + "\n")
+            self.files[name].flush()
+        for key, value in row.items():
+            if key.endswith("_loss") and not np.isfinite(value):
+                raise UserError(f"step {row['step']}: {key} is {value}{DIVERGED}")
+
+    def checkpoint_is_old(self):
+        """Whether the last one was five minutes ago."""
+        return time.monotonic() > self.saved_at + 300
+
+    def progress(self, total, initial, unit):
+        """The progress bar of a training that begins at `initial`."""
+        bar = dict(unit=f" {unit}", dynamic_ncols=True, mininterval=1)
+        self.bars.append(tqdm(total=total, initial=initial, **bar))
+        return self.bars[-1]
 
     def check_q(self, step, q_min, q_max, bounds):
         """Warn, once, when Q is outside its possible range by more than a tenth of that range."""
@@ -472,40 +645,44 @@ class Run:
             text = f"warning: update {step}: Q in {q}, but the rewards allow only {possible}"
             tqdm.write(text, file=sys.stderr)
 
-    def save(self, **state):
-        """Replace checkpoint.pt; torch.load(path, weights_only=True) reads it."""
-        write_atomically(self.path / "checkpoint.pt", lambda file: torch.save(state, file))
+    def read(self, name):
+        """The columns of a CSV file: name -> array."""
+        header, *rows = (self.path / name).read_text().splitlines()
+        columns = np.array([row.split(",") for row in rows], float).T
+        return dict(zip(header.split(","), columns))
+
+    def finish(self):
+        """Print the score: the means of the last three evaluations."""
+        rows = {k: v[-3:] for k, v in self.read("eval.csv").items()}
+        means = {k: rows[k].mean() for k in ("success", "return", "length")}
+        text = ", ".join(f"{k} {v:.4g}" for k, v in means.items() if not np.isnan(v))
+        print(f"mean of the last {len(rows['step'])} evaluations: {text}")
 
     def plot(self, unit="updates"):
         """Draw curve.png from the CSV files, over their column `step`, which counts `unit`."""
         from matplotlib.figure import Figure  # here, since it takes a second
 
-        def read(name):
-            with open(self.path / name, newline="") as file:
-                header, *rows = csv.reader(file)
-            return dict(zip(header, np.array(rows, float).T))
-
         figure = Figure(figsize=(13, 3.5), layout="constrained")
         figure.suptitle(self.path.name)
         left, middle, right = figure.subplots(1, 3)
-        if "eval.csv" in self.files:
-            rows = read("eval.csv")
-            known = not np.isnan(rows["success"]).all()
-            left.plot(rows["step"], 100 * rows["success"] if known else rows["return"], "o-")
-            left.set(title="evaluation", ylabel="success (%)" if known else "return")
-            left.set_ylim((-3, 103) if known else None)
-        if "train.csv" in self.files:
-            rows = read("train.csv")
+        rows = self.read("eval.csv")
+        known = not np.isnan(rows["success"]).all()
+        left.plot(rows["step"], 100 * rows["success"] if known else rows["return"], "o-")
+        left.set(title="evaluation", ylabel="success (%)" if known else "return")
+        left.set_ylim((-3, 103) if known else None)
+        if (self.path / "train.csv").exists():
+            rows = self.read("train.csv")
             for name in (name for name in rows if name.endswith("_loss")):
                 middle.plot(rows["step"], rows[name], linewidth=1, label=name.removesuffix("_loss"))
-            middle.set(title="losses")
-            middle.set_yscale("symlog", linthresh=1e-2)  # a policy's loss can be negative
             right.plot(rows["step"], rows["q_mean"], linewidth=1, label="mean")
             right.fill_between(rows["step"], rows["q_min"], rows["q_max"], alpha=0.2, label="range")
-            right.set(title="Q in a batch")
             middle.legend(), right.legend()
+        middle.set(title="losses")
+        middle.set_yscale("symlog", linthresh=1e-2)  # a policy's loss can be negative
+        right.set(title="Q in a batch")
         for axes in (left, middle, right):
             axes.set_xlabel(unit)
             axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
             axes.grid(alpha=0.3)
-        figure.savefig(self.path / "curve.png")
+        with writing(self.path, self.hint):
+            figure.savefig(self.path / "curve.png")

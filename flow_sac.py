@@ -34,7 +34,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from gymnasium.vector import AutoresetMode
-from tqdm import tqdm
 
 import common
 
@@ -89,6 +88,12 @@ class Args:
     """environment steps between rows of train.csv"""
     run_dir: Path = Path("runs")
     """the run's folder is made in here"""
+    resume: Path | None = None
+    """folder of a run to go on with; steps and intervals may be changed"""
+    evaluate: Path | None = None
+    """folder of a run to evaluate, on --eval-episodes, instead of training"""
+    video: bool = False
+    """with --evaluate: film three of the episodes, into that folder"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """torch.set_float32_matmul_precision; high is TF32 on CUDA"""
 
@@ -304,6 +309,7 @@ class Networks(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
+        self.sizes = obs_dim, action_dim
         self.critic = Critic(obs_dim, action_dim, args.hidden, args.critic == "crossq")
         self.policy = Policy(obs_dim, action_dim, args)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(args.init_temperature)))
@@ -468,8 +474,26 @@ def update_policy(nets, optimizers, batch, draws, args):
 # ----------------------------------------------------------------------------------- evaluation
 
 
+def load(folder, device="cpu"):
+    """Networks and settings of the run in a folder, for `act`."""
+    args, state = common.read_args(Args, folder), common.read_checkpoint(folder)
+    with common.reading(folder):
+        nets = Networks(*state["sizes"], args).to(device)
+        nets.load_state_dict(state["nets"])
+    return nets, args
+
+
+@torch.no_grad()
+def act(nets, obs, args, generator=None):
+    """The policy on NumPy arrays: observations (N, O) -> actions (N, 1, A)."""
+    device, shape = next(nets.parameters()).device, (len(obs), nets.sizes[1])
+    x0 = torch.randn(shape, device=device, generator=generator)
+    obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+    return sample_actions(nets, obs, x0, args)[:, None].cpu().numpy()
+
+
 def evaluate(policy, envs, episodes, horizon, seed):
-    """Mean success (NaN if the environment has none), return and length over `episodes` episodes.
+    """Success (NaN if the environment has none), return and length, arrays (episodes,).
 
     policy: observations (N, O) -> actions (N, horizon, A), as NumPy arrays. envs: N environments
     with autoreset mode SAME_STEP. Each runs a fixed share of the episodes: those that finish first
@@ -494,7 +518,7 @@ def evaluate(policy, envs, episodes, horizon, seed):
                 results.append((success, returns[i], lengths[i]))
                 quota[i] -= 1
             place[i], returns[i], lengths[i] = horizon, 0, 0
-    return dict(zip(("success", "return", "length"), np.mean(results, 0).tolist()))
+    return dict(zip(("success", "return", "length"), np.array(results).T))
 
 
 # ------------------------------------------------------------------------------------- training
@@ -523,6 +547,12 @@ class ReplayBuffer:
         obs, actions, rewards, masks, next_obs = self.rows[places].split(self.sizes, 1)
         return Batch(obs, actions, rewards[:, 0], masks[:, 0], next_obs)
 
+    def state_dict(self):
+        return dict(count=self.count, rows=self.rows[: self.count].clone())
+
+    def load_state_dict(self, state):
+        self.count, self.rows[: len(state["rows"])] = state["count"], state["rows"]
+
 
 def train(args, device, envs, eval_envs, run):
     """Learn in `envs`, evaluate in `eval_envs`, write to `run`; returns the networks.
@@ -544,29 +574,27 @@ def train(args, device, envs, eval_envs, run):
     buffer = ReplayBuffer(size, obs_dim, action_dim, device)
 
     @torch.no_grad()
-    def policy(obs):
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-        x0 = torch.randn(len(obs), action_dim, device=device, generator=eval_generator)
-        return sample_actions(nets, obs, x0, args)[:, None].cpu().numpy()
-
-    @torch.no_grad()
-    def act(obs):
+    def explore_actions(obs):
         obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
         shape = 1 + args.flow_steps, n, action_dim
         noise = torch.randn(shape, device=device, generator=generator)
         return explore(nets.policy, obs, noise[0], noise[1:])[0].cpu().numpy()
 
-    step, updates, metrics, evaluations, shown = 0, 0, {}, [], {}
-    returns, finished = np.zeros(n), []
-    logged_step, logged_time = 0, time.perf_counter()
-    progress = tqdm(total=args.online_steps, unit=" steps", dynamic_ncols=True, mininterval=1)
-    obs, _ = envs.reset(seed=[args.seed * n + i for i in range(n)])
+    names = "critic_adam", "policy_adam", "temperature_adam"
+    parts = dict(nets=nets, buffer=buffer, generator=generator, **dict(zip(names, optimizers)))
+    saved = run.restore(parts)
+    step, updates = saved["step"], saved.get("updates", 0)
+    metrics, finished = saved.get("metrics", {}), saved.get("finished", [])
+    begin_episodes = lambda: envs.reset(seed=[(args.seed + step) * n + i for i in range(n)])[0]
+    obs, returns, save_due, shown = begin_episodes(), np.zeros(n), False, {}
+    logged_step, logged_time = step, time.perf_counter()
+    progress = run.progress(args.online_steps, step, "steps")
     while step < args.online_steps:
         if step < args.learning_starts:
             uniform = torch.rand(n, action_dim, device=device, generator=generator)
             actions = (2 * uniform - 1).cpu().numpy()
         else:
-            actions = act(obs)
+            actions = explore_actions(obs)
         next_obs, rewards, terminated, truncated, infos = envs.step(actions)
         last_obs, done = next_obs.copy(), terminated | truncated
         if done.any():  # next_obs begins a new episode there
@@ -588,7 +616,8 @@ def train(args, device, envs, eval_envs, run):
             updates += 1
 
         ended = step >= args.online_steps
-        if metrics and (step % args.log_interval < n or ended):
+        evaluates = step % args.eval_interval < n or ended
+        if metrics and (step % args.log_interval < n or evaluates):
             row = {name: value.item() for name, value in metrics.items()}
             row["train_return"] = np.mean(finished) if finished else math.nan
             speed = (step - logged_step) / (time.perf_counter() - logged_time)
@@ -597,24 +626,24 @@ def train(args, device, envs, eval_envs, run):
             progress.set_postfix(shown)
             logged_step, logged_time, finished = step, time.perf_counter(), []
 
-        if step % args.eval_interval < n or ended:
+        if evaluates:
             eval_start = time.perf_counter()
+            policy = lambda obs: act(nets, obs, args, eval_generator)
             eval_generator.manual_seed(args.seed + step)
             result = evaluate(policy, eval_envs, args.eval_episodes, 1, args.seed + step)
-            evaluations.append(result)
+            result = {name: values.mean() for name, values in result.items()}
             run.log("eval.csv", step=step, episodes=args.eval_episodes, **result)
-            state = [optimizer.state_dict() for optimizer in optimizers]
-            run.save(step=step, nets=nets.state_dict(), optimizers=state)
             run.plot("environment steps")
-            shown["return"] = f"{result['return']:.1f}"
+            shown["return"], save_due = f"{result['return']:.1f}", True
             progress.set_postfix(shown)
             logged_time += time.perf_counter() - eval_start  # does not count as steps
+
+        if save_due and (done.any() or ended):  # where episodes end: an environment cannot be saved
+            counts = dict(step=step, updates=updates, metrics=metrics, finished=finished)
+            run.save(parts, **counts, sizes=nets.sizes)
+            obs, returns, save_due = begin_episodes(), np.zeros(n), False
     progress.close()
-    score = {k: np.mean([e[k] for e in evaluations[-3:]]) for k in ("return", "length")}
-    print(
-        f"mean of the last {len(evaluations[-3:])} evaluations: "
-        f"return {score['return']:.1f}, length {score['length']:.1f}"
-    )
+    run.finish()
     return nets
 
 
@@ -625,17 +654,19 @@ def main():
         what = f"--learning-starts {args.learning_starts}: nothing would be learned in"
         raise common.UserError(f"{what} --online-steps {args.online_steps}")
     device = common.pick_device(args.device)
-    run = common.Run(
-        args.run_dir,
-        f"{args.env}__{Path(__file__).stem}__{args.seed}",
-        dict(args=vars(args), device=str(device)),
-    )
+    if args.evaluate:
+        nets, _ = load(args.evaluate, device)
+        generator = torch.Generator(device).manual_seed(args.seed)
+        return common.report(evaluate, lambda obs: act(nets, obs, args, generator), make_env, args)
+    config = dict(args=vars(args), device=str(device))
+    folder = f"{args.env}__{Path(__file__).stem}__{args.seed}"
     print("settings:", ", ".join(f"{k}={v}" for k, v in vars(args).items()))
-    print(f"device: {device}, writing to {run.path}")
     with (
+        common.Run(args.run_dir, folder, config, args.resume) as run,
         closing(common.make_envs(make_env, args.num_envs)) as envs,
         closing(common.make_envs(make_env, min(args.eval_episodes, 25))) as eval_envs,
     ):
+        print(f"device: {device}, writing to {run.path}")
         train(args, device, envs, eval_envs, run)
 
 

@@ -30,7 +30,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
 
@@ -43,6 +42,8 @@ class Args:
     """task of the environment, 1 to 5; 0 is OGBench's default task"""
     dataset: Path | None = None
     """file in OGBench's layout; None: the official one (pointmaze-*-navigate: collected here)"""
+    dataset_url: str = ""
+    """folder or npz file to download from instead of OGBench's host"""
     seed: int = 0
     """seeds networks, batches, noise and evaluation"""
     device: str = "auto"
@@ -77,6 +78,12 @@ class Args:
     """updates between rows of train.csv"""
     run_dir: Path = Path("runs")
     """the run's folder is made in here"""
+    resume: Path | None = None
+    """folder of a run to go on with; steps and intervals may be changed"""
+    evaluate: Path | None = None
+    """folder of a run to evaluate, on --eval-episodes, instead of training"""
+    video: bool = False
+    """with --evaluate: film three of the episodes, into that folder"""
     compile: bool = False
     """compile the losses (needs a C++ compiler; about a minute at the start)"""
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
@@ -184,6 +191,7 @@ class Networks(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
+        self.sizes = obs_dim, action_dim
         self.critic = Critic(obs_dim, action_dim, args.hidden)
         self.value = Value(obs_dim, action_dim, args.hidden, args.time_dim)
         self.velocity = Velocity(obs_dim, action_dim, args.hidden)
@@ -323,8 +331,26 @@ def update(nets, optimizer, batch, draws, args, loss=total_loss):
 # ----------------------------------------------------------------------------------- evaluation
 
 
+def load(folder, device="cpu"):
+    """Networks and settings of the run in a folder, for `act`."""
+    args, state = common.read_args(Args, folder), common.read_checkpoint(folder)
+    with common.reading(folder):
+        nets = Networks(*state["sizes"], args).to(device)
+        nets.load_state_dict(state["nets"])
+    return nets, args
+
+
+@torch.no_grad()
+def act(nets, obs, args, generator=None):
+    """The policy on NumPy arrays: observations (N, O) -> the next h actions (N, h, A)."""
+    device, shape = next(nets.parameters()).device, (len(obs), nets.sizes[1])
+    x0 = torch.randn(shape, device=device, generator=generator)
+    obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+    return sample_actions(nets, obs, x0, args).view(len(obs), args.horizon, -1).cpu().numpy()
+
+
 def evaluate(policy, envs, episodes, horizon, seed):
-    """Mean success (NaN if the environment has none), return and length over `episodes` episodes.
+    """Success (NaN if the environment has none), return and length, arrays (episodes,).
 
     policy: observations (N, O) -> actions (N, horizon, A), as NumPy arrays. envs: N environments
     with autoreset mode SAME_STEP. Each runs a fixed share of the episodes: those that finish first
@@ -349,7 +375,7 @@ def evaluate(policy, envs, episodes, horizon, seed):
                 results.append((success, returns[i], lengths[i]))
                 quota[i] -= 1
             place[i], returns[i], lengths[i] = horizon, 0, 0
-    return dict(zip(("success", "return", "length"), np.mean(results, 0).tolist()))
+    return dict(zip(("success", "return", "length"), np.array(results).T))
 
 
 # ------------------------------------------------------------------------------------- training
@@ -367,23 +393,18 @@ def train(args, dataset, envs, run):
     optimizer = make_optimizer(nets, args)
     loss = torch.compile(total_loss, fullgraph=True) if args.compile else total_loss
 
-    @torch.no_grad()
-    def policy(obs):
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-        x0 = torch.randn(len(obs), action_dim, device=device, generator=eval_generator)
-        actions = sample_actions(nets, obs, x0, args)
-        return actions.view(len(obs), args.horizon, -1).cpu().numpy()
-
-    q_bounds = dataset.q_bounds(args.discount)
-    evaluations, shown = [], {}
-    logged_step, logged_time = 0, time.perf_counter()
-    progress = tqdm(total=args.offline_steps, unit=" updates", dynamic_ncols=True, mininterval=1)
-    for step in range(1, args.offline_steps + 1):
+    parts = dict(nets=nets, optimizer=optimizer, generator=generator)
+    start = run.restore(parts)["step"]
+    q_bounds, shown = dataset.q_bounds(args.discount), {}
+    logged_step, logged_time = start, time.perf_counter()
+    progress = run.progress(args.offline_steps, start, "updates")
+    for step in range(start + 1, args.offline_steps + 1):
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
         metrics = update(nets, optimizer, batch, draw(batch.actions, generator), args, loss)
         progress.update()
 
-        if step % args.log_interval == 0 or step == args.offline_steps:
+        evaluates = step % args.eval_interval == 0 or step == args.offline_steps
+        if step % args.log_interval == 0 or evaluates:
             row = {name: value.item() for name, value in metrics.items()}
             speed = (step - logged_step) / (time.perf_counter() - logged_time)
             run.log("train.csv", step=step, **row, time_updates_per_s=round(speed, 1))
@@ -392,23 +413,21 @@ def train(args, dataset, envs, run):
             progress.set_postfix(shown)
             logged_step, logged_time = step, time.perf_counter()
 
-        if step % args.eval_interval == 0 or step == args.offline_steps:
+        if evaluates:
             eval_start = time.perf_counter()
+            policy = lambda obs: act(nets, obs, args, eval_generator)
             eval_generator.manual_seed(args.seed + step)
             result = evaluate(policy, envs, args.eval_episodes, args.horizon, args.seed + step)
-            evaluations.append(result)
+            result = {name: values.mean() for name, values in result.items()}
             run.log("eval.csv", step=step, episodes=args.eval_episodes, **result)
-            run.save(step=step, nets=nets.state_dict(), optimizer=optimizer.state_dict())
             run.plot()
             shown["success"] = f"{result['success']:.0%}"
             progress.set_postfix(shown)
             logged_time += time.perf_counter() - eval_start  # does not count as updates
+        if evaluates or run.checkpoint_is_old():
+            run.save(parts, step=step, sizes=nets.sizes)
     progress.close()
-    score = {k: np.mean([e[k] for e in evaluations[-3:]]) for k in evaluations[0]}
-    print(
-        f"mean of the last {len(evaluations[-3:])} evaluations: success {score['success']:.1%}, "
-        f"return {score['return']:.1f}, length {score['length']:.1f}"
-    )
+    run.finish()
     return nets
 
 
@@ -416,18 +435,23 @@ def main():
     args = common.parse_args(Args, __doc__, SETTINGS)
     if args.time_dim % 2:
         raise common.UserError(f"--time-dim {args.time_dim}: must be even")
-    task = common.resolve_task(args.env, args.task)
+    name, dataset_name, env_id = common.resolve_task(args.env, args.task)
     device = common.pick_device(args.device, args.compile)
-    dataset, source = common.get_dataset(task, args.dataset, device, args.horizon)
-    run = common.Run(
-        args.run_dir,
-        f"{task.name}__{Path(__file__).stem}__{args.seed}",
-        dict(args=vars(args), device=str(device), dataset=source),
-    )
-    print(f"{task.name}: {len(dataset)} transitions, {dataset.episodes} episodes, from {source}")
+    if args.evaluate:
+        nets, _ = load(args.evaluate, device)
+        generator = torch.Generator(device).manual_seed(args.seed)
+        return common.report(evaluate, lambda obs: act(nets, obs, args, generator), env_id, args)
+    files = args.dataset, args.dataset_url
+    dataset, source = common.get_dataset(dataset_name, env_id, *files, device, args.horizon)
+    config = dict(args=vars(args), device=str(device), dataset=source)
+    folder = f"{name}__{Path(__file__).stem}__{args.seed}"
+    print(f"{name}: {len(dataset)} transitions, {dataset.episodes} episodes, from {source}")
     print("settings:", ", ".join(f"{k}={v}" for k, v in vars(args).items()))
-    print(f"device: {device}, writing to {run.path}")
-    with closing(common.make_envs(task.env_id, min(args.eval_episodes, 25))) as envs:
+    with (
+        common.Run(args.run_dir, folder, config, args.resume) as run,
+        closing(common.make_envs(env_id, min(args.eval_episodes, 25))) as envs,
+    ):
+        print(f"device: {device}, writing to {run.path}")
         train(args, dataset, envs, run)
 
 

@@ -30,7 +30,7 @@ def main():
     print("| environment | observation | action | GB per 1M transitions | steps | evaluation |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name in sys.argv[1:] or NAMES:
-        env_id = common.resolve_task(name).env_id
+        *_, env_id = common.resolve_task(name)
         envs = common.make_envs(env_id, 25)
         obs_dim = envs.single_observation_space.shape[0]
         action_dim = envs.single_action_space.shape[0]

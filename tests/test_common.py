@@ -11,7 +11,7 @@ import torch
 import common
 
 NAME = "pointmaze-medium-navigate-v0"
-TASK = common.resolve_task(NAME)
+TASK, DATASET, ENV_ID = common.resolve_task(NAME)
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,9 @@ def collected(tmp_path_factory):
 
 
 def test_every_name_of_every_dataset_resolves_to_an_environment():
-    names = common.dataset_names()
-    assert {"antmaze-giant-navigate-v0", "cube-quadruple-noisy-v0", "scene-play-v0"} < set(names)
-    assert {"puzzle-4x6-play-v0", "antsoccer-medium-stitch-v0"} < set(names)
+    names = {dataset for dataset, _ in common.task_names().values()}
+    assert {"antmaze-giant-navigate-v0", "cube-quadruple-noisy-v0", "scene-play-v0"} < names
+    assert {"puzzle-4x6-play-v0", "antsoccer-medium-stitch-v0"} < names
     for name in names:
         stem = name.removesuffix("-v0")
         for env, task, suffix in [
@@ -38,10 +38,9 @@ def test_every_name_of_every_dataset_resolves_to_an_environment():
             (f"{stem}-singletask-task2-v0", 0, "singletask-task2"),
             (f"{stem}-singletask-task2-v0", 2, "singletask-task2"),
         ]:
-            resolved = common.resolve_task(env, task)
-            assert resolved.dataset == name
-            assert resolved.name == f"{stem}-{suffix}-v0"
-            spec = gymnasium.spec(resolved.env_id)  # raises if there is no such environment
+            full, dataset, env_id = common.resolve_task(env, task)
+            assert (full, dataset) == (f"{stem}-{suffix}-v0", name)
+            spec = gymnasium.spec(env_id)  # raises if there is no such environment
             assert spec.kwargs["reward_task_id"] == int(suffix[15:] or 0)
             assert spec.kwargs.get("ob_type") != "pixels"
 
@@ -49,17 +48,17 @@ def test_every_name_of_every_dataset_resolves_to_an_environment():
 @pytest.mark.parametrize(
     "env, task, words",
     [
-        ("antmaze-gigant-navigate-v0", 0, "antmaze-giant-navigate-v0"),
+        ("antmaze-gigant-navigate-v0", 0, "closest: antmaze-giant-navigate-singletask-"),
         ("antmaze-giant-explore-v0", 0, "closest"),
-        ("visual-antmaze-giant-navigate-v0", 0, "antmaze-giant-navigate-v0"),
+        ("visual-antmaze-giant-navigate-v0", 0, "antmaze-giant-navigate-singletask-"),
         ("antmaze-giant-singletask-v0", 0, "antmaze-giant"),
         ("powderworld-easy-play-v0", 0, "powderworld-easy-play-v0: no such"),
         ("", 0, "no such"),
-        ("cube-double-play-singletask-task6-v0", 0, "task 6"),
-        ("cube-double-play-singletask-task0-v0", 0, "task 0"),
-        ("cube-double-play-v0", 7, "task 7"),
-        ("cube-double-play-v0", -1, "task -1"),
-        ("cube-double-play-singletask-task2-v0", 3, "already names task 2"),
+        ("cube-double-play-singletask-task6-v0", 0, "task6"),
+        ("cube-double-play-singletask-task0-v0", 0, "task0"),
+        ("cube-double-play-v0", 7, "--task 7"),
+        ("cube-double-play-v0", -1, "--task -1"),
+        ("cube-double-play-singletask-task2-v0", 3, "already names a task"),
     ],
 )
 def test_wrong_names_are_one_line_with_the_way_out(env, task, words):
@@ -180,7 +179,7 @@ def test_loading_agrees_with_ogbench(collected):
         "pointmaze-medium-navigate-singletask-task2-v0", dataset_path=str(collected)
     )
     env.close()
-    dataset, _ = common.load_dataset(collected, common.resolve_task(NAME, 2), "cpu")
+    dataset, _ = common.load_dataset(collected, common.resolve_task(NAME, 2)[2], "cpu")
     assert len(dataset) == 3000 and dataset.episodes == 3
     batch = dataset.chunks(torch.arange(3000), 1, 0.99)
     for key in ("observations", "next_observations", "rewards", "masks"):
@@ -231,7 +230,7 @@ def test_damaged_files_are_one_line_that_names_file_and_cause(collected, tmp_pat
         path = tmp_path / f"{name}.npz"
         damaged(collected, path, damage)
         with pytest.raises(common.UserError) as e:
-            common.load_dataset(path, TASK, "cpu")
+            common.load_dataset(path, ENV_ID, "cpu")
         assert str(path) in str(e.value) and words in str(e.value), name
         assert "\n" not in str(e.value), name
 
@@ -243,14 +242,14 @@ def test_damaged_files_are_one_line_that_names_file_and_cause(collected, tmp_pat
         path = tmp_path / f"{name}.npz"
         path.write_bytes(content)
         with pytest.raises(common.UserError, match=re.escape(str(path))) as e:
-            common.load_dataset(path, TASK, "cpu")
-        assert name == "hole" or "not an npz file" in str(e.value)
-    with pytest.raises(common.UserError, match="no such file"):
-        common.load_dataset(tmp_path / "absent.npz", TASK, "cpu")
+            common.load_dataset(path, ENV_ID, "cpu")
+        assert "damaged" in str(e.value) if name == "hole" else "not a zip" in str(e.value)
+    with pytest.raises(common.UserError, match="No such file"):
+        common.load_dataset(tmp_path / "absent.npz", ENV_ID, "cpu")
     array = tmp_path / "array.npy"
     np.save(array, np.zeros(3))
     with pytest.raises(common.UserError, match=re.escape(str(array))):
-        common.load_dataset(array, TASK, "cpu")
+        common.load_dataset(array, ENV_ID, "cpu")
 
 
 def test_objects_are_never_unpickled(collected, tmp_path):
@@ -261,10 +260,10 @@ def test_objects_are_never_unpickled(collected, tmp_path):
     path = tmp_path / "bomb.npz"
     damaged(collected, path, lambda a: a.update(actions=np.array([Bomb()], object)))
     with pytest.raises(common.UserError):
-        common.load_dataset(path, TASK, "cpu")
+        common.load_dataset(path, ENV_ID, "cpu")
     damaged(collected, path, lambda a: a.update(source=np.array([Bomb()], object)))
     with pytest.raises(common.UserError):
-        common.load_dataset(path, TASK, "cpu")
+        common.load_dataset(path, ENV_ID, "cpu")
     assert not (tmp_path / "unpickled").exists()
 
 
@@ -274,46 +273,39 @@ def test_sources_are_tried_in_order(collected, tmp_path, monkeypatch):
 
     def collect(name, path):
         calls.append(name)
-        path.parent.mkdir(parents=True)
         path.write_bytes(collected.read_bytes())
 
     monkeypatch.setattr(common, "collect_pointmaze", collect)
     kept = tmp_path / ".ogbench/collected" / f"{NAME}.npz"
     for _ in range(2):  # collected once, used twice
-        dataset, source = common.get_dataset(TASK, None, "cpu")
+        dataset, source = common.get_dataset(NAME, ENV_ID, None, "", "cpu")
         assert source.startswith("~/.ogbench/collected/") and "not official" in source
     assert calls == [NAME] and len(dataset) == 3000
 
     official = tmp_path / ".ogbench/data" / f"{NAME}.npz"
     official.parent.mkdir(parents=True)
     damaged(collected, official, lambda a: a.pop("source"))
-    assert common.get_dataset(TASK, None, "cpu")[1] == f"~/.ogbench/data/{NAME}.npz (official file)"
-    stitch = common.resolve_task("pointmaze-medium-stitch-v0")  # the oracle does not collect these
-    fetch = lambda names, folder: calls.append((names, folder))
-    monkeypatch.setattr(common.ogbench, "download_datasets", fetch)
-    with pytest.raises(common.UserError, match="no such file"):
-        common.get_dataset(stitch, None, "cpu")
-    assert calls[1:] == [(["pointmaze-medium-stitch-v0"], official.parent)]
+    assert (
+        common.get_dataset(NAME, ENV_ID, None, "", "cpu")[1]
+        == f"~/.ogbench/data/{NAME}.npz (official file)"
+    )
+    stitch, stitch_env = common.resolve_task("pointmaze-medium-stitch-v0")[1:]
+    fetch = lambda url, path: calls.append((url, path))  # the oracle does not collect these
+    monkeypatch.setattr(common, "download", fetch)
+    with pytest.raises(common.UserError, match="No such file"):
+        common.get_dataset(stitch, stitch_env, None, "", "cpu")
+    url = "https://rail.eecs.berkeley.edu/datasets/ogbench/pointmaze-medium-stitch-v0.npz"
+    assert calls[1:] == [(url, official.with_name(f"{stitch}.npz"))]
     for path in (official.with_name("absent.npz"), kept.with_name("absent.npz")):
-        with pytest.raises(common.UserError, match="no such file"):
-            common.get_dataset(TASK, path, "cpu")
+        with pytest.raises(common.UserError, match="No such file"):
+            common.get_dataset(NAME, ENV_ID, path, "", "cpu")
     with pytest.raises(common.UserError, match="--horizon 3001"):
-        common.get_dataset(TASK, None, "cpu", horizon=3001)
+        common.get_dataset(NAME, ENV_ID, None, "", "cpu", horizon=3001)
     given = tmp_path / "mine.npz"
     given.write_bytes(official.read_bytes())
-    assert common.get_dataset(TASK, given, "cpu")[1] == "~/mine.npz (given by --dataset)"
-
-
-def test_failed_download_says_what_to_do(tmp_path, monkeypatch):
-    import ogbench.utils
-
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(ogbench.utils, "DATASET_URL", "http://127.0.0.1:9/nobody/listens")
-    with pytest.raises(common.UserError) as e:
-        common.get_dataset(common.resolve_task("cube-single-play-v0"), None, "cpu")
-    message = str(e.value)
-    assert "cube-single-play-v0.npz" in message and str(tmp_path / ".ogbench/data") in message
-    assert "--dataset" in message and "\n" not in message
+    assert (
+        common.get_dataset(NAME, ENV_ID, given, "", "cpu")[1] == "~/mine.npz (given by --dataset)"
+    )
 
 
 # ------------------------------------------------------------------------------------ run folder
@@ -342,11 +334,28 @@ def test_run_folder(tmp_path):
     ]
     assert (run.path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
-    run.save(step=2, nets={"w": torch.ones(2)})
+    nets = torch.nn.Linear(2, 3)
+    run.save(dict(nets=nets, generator=torch.Generator()), step=2, sizes=(2, 3))
     state = torch.load(run.path / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 2 and state["nets"]["w"].tolist() == [1, 1]
+    assert state["step"] == 2 and torch.equal(state["nets"]["weight"], nets.weight)
     names = {p.name for p in run.path.iterdir()}
-    assert names == {"config.json", "train.csv", "eval.csv", "curve.png", "checkpoint.pt"}
+    files = {"config.json", "train.csv", "eval.csv", "curve.png", "checkpoint.pt"}
+    assert names == files | {".lock"}
+
+
+def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
+    run = common.Run(tmp_path, "x", {})
+    parts = dict(nets=torch.nn.Linear(2, 3))
+    run.save(parts, step=1)
+    with pytest.raises(common.UserError, match="step 7: critic_loss is nan"):
+        run.log("train.csv", step=7, q_mean=0.0, critic_loss=float("nan"), policy_loss=1.0)
+    with pytest.raises(common.UserError, match="step 8: policy_loss is -inf"):
+        run.log("train.csv", step=8, q_mean=0.0, critic_loss=0.0, policy_loss=float("-inf"))
+    run.log("eval.csv", step=8, success=float("nan"), train_return=float("nan"))  # not known
+    parts["nets"].bias.data[1] = float("nan")
+    with pytest.raises(common.UserError, match="step 9: bias has NaN"):
+        run.save(parts, step=9)
+    assert torch.load(run.path / "checkpoint.pt", weights_only=True)["step"] == 1
 
 
 def test_warning_when_q_leaves_its_range_comes_once(tmp_path, capsys):

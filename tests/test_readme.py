@@ -47,7 +47,7 @@ def test_the_commands_parse(monkeypatch):
     commands = re.findall(r"^python (\w+)\.py(.*?)(?:#.*)?$", TEXT, re.M)
     assert len(commands) >= 5
     for script, flags in commands:
-        if "--help" not in flags:
+        if "--help" not in flags and "runs/RUN" not in flags:
             module = importlib.import_module(script)
             monkeypatch.setattr(sys, "argv", [script, *flags.split()])
             args = common.parse_args(module.Args, "", module.SETTINGS)
@@ -57,19 +57,35 @@ def test_the_commands_parse(monkeypatch):
                 common.continuous_env(args.env)
 
 
-def test_the_snippet_runs(tmp_path):
-    (snippet,) = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
-    (tmp_path / "mine.py").write_text(
-        snippet + "\nprint('action', action.shape, abs(action) <= 1)\n"
-    )
+SNIPPETS = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
+
+
+def run_snippet(snippet, folder):
+    (folder / "mine.py").write_text(snippet)
     result = subprocess.run(
         [sys.executable, "mine.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=100,
     )
     assert result.returncode == 0, result.stderr
-    assert re.search(r"^action \[-?[01]?\.\d*\]$", result.stdout, re.M)
+    return result.stdout
+
+
+def test_the_snippet_that_trains_runs_as_it_stands(tmp_path):
+    out = run_snippet(SNIPPETS[1] + "\nprint('action', action.shape, abs(action) <= 1)\n", tmp_path)
+    assert re.search(r"^action \[-?[01]?\.\d*\]$", out, re.M)
     assert list(tmp_path.glob("runs/Pendulum-v1__qflow__0__*/curve.png"))
+
+
+def test_the_snippet_that_loads_a_run_runs_as_it_stands(tmp_path):
+    assert len(SNIPPETS) == 2
+    args = qflow.Args(horizon=5, hidden=(8, 8), flow_steps=2)
+    run = common.Run(tmp_path, "run", dict(args=vars(args)))
+    nets = qflow.Networks(2, 10, args)
+    run.save(dict(nets=nets), step=1, sizes=nets.sizes)
+    (tmp_path / "runs").mkdir()
+    run.path.rename(tmp_path / "runs/RUN")
+    assert run_snippet(SNIPPETS[0], tmp_path) == "success: 0.0\n"

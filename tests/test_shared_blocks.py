@@ -9,7 +9,7 @@ DIFFER = {
     "fql": {"Args", "SETTINGS", "Networks", "Draws", "draw", "sample_actions", "policy_loss"}
     | {"total_loss", "main"},
     "flow_sac": {"Args", "SETTINGS", "EnsembleLinear", "Critic", "Networks", "rollout", "main"}
-    | {"sample_actions", "Draws", "draw", "critic_loss", "policy_loss", "train"},
+    | {"sample_actions", "Draws", "draw", "critic_loss", "policy_loss", "act", "train"},
 }
 ABSENT = {
     "fql": {"Value", "value_target", "guidance", "value_loss"},
@@ -24,9 +24,9 @@ OWN = {
 }
 # Flags: how many are declared as in qflow.py, and which have its name but another default or unit.
 SHARED = {
-    "fql": (20, set()),
+    "fql": (24, set()),
     "flow_sac": (
-        6,
+        9,
         {"env", "seed", "batch_size", "hidden", "flow_steps", "eval_interval", "log_interval"},
     ),
 }
