@@ -547,7 +547,7 @@ class Run:
     def __init__(self, root, name, config, resume=None):
         self.path = Path(resume or Path(root) / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}")
         self.files, self.bars, self.state, self.warned = {}, [], {}, False
-        self.saved_at = time.monotonic()
+        self.saved_at = time.perf_counter()
         self.hint = f"; go on with --resume {self.path}"
         packages = "torch", "numpy", "gymnasium", "ogbench", "mujoco"
         versions = {package: importlib.metadata.version(package) for package in packages}
@@ -562,10 +562,8 @@ class Run:
                     what = f"its {name} was {old.get(name)}, is {config.get(name)}"
                     raise UserError(f"--resume {self.path}: {what}")
             for name in {"offline_steps", "online_steps"} & set(config.get("args", ())):
-                if config["args"][name] < self.state["step"]:
-                    raise UserError(
-                        f"--resume {self.path}: is at step {self.state['step']} already"
-                    )
+                if config["args"][name] < (step := self.state["step"]):
+                    raise UserError(f"--resume {self.path}: is at step {step} already")
         with writing(self.path.parent):
             self.path.mkdir(exist_ok=bool(resume))
             self.lock = FileLock(self.path / ".lock", blocking=False)
@@ -610,24 +608,20 @@ class Run:
             values[name] = values[name]()
         with writing(self.path, self.hint):
             write(self.path / "checkpoint.pt", lambda file: torch.save(values, file))
-        self.saved_at = time.monotonic()
+        self.saved_at = time.perf_counter()
 
     def log(self, name, **row):
         """Append a row to a CSV file, whose columns are the first row's. Losses must be finite."""
         with writing(self.path, self.hint):
+            if not (self.path / name).exists():  # a file without its header could not be continued
+                write(self.path / name, lambda file: file.write((",".join(row) + "\n").encode()))
             if name not in self.files:
                 self.files[name] = open(self.path / name, "a")
-                if self.files[name].tell() == 0:
-                    self.files[name].write(",".join(row) + "\n")
             self.files[name].write(",".join(map(str, row.values())) + "\n")
             self.files[name].flush()
         for key, value in row.items():
             if key.endswith("_loss") and not np.isfinite(value):
                 raise UserError(f"step {row['step']}: {key} is {value}{DIVERGED}")
-
-    def checkpoint_is_old(self):
-        """Whether the last one was five minutes ago."""
-        return time.monotonic() > self.saved_at + 300
 
     def progress(self, total, initial, unit):
         """The progress bar of a training that begins at `initial`."""
@@ -641,9 +635,8 @@ class Run:
         slack = 0.1 * (high - low)
         if not self.warned and not low - slack <= q_min <= q_max <= high + slack:
             self.warned = True
-            q, possible = f"[{q_min:.4g}, {q_max:.4g}]", f"[{low:.4g}, {high:.4g}]"
-            text = f"warning: update {step}: Q in {q}, but the rewards allow only {possible}"
-            tqdm.write(text, file=sys.stderr)
+            text = f"Q in [{q_min:.4g}, {q_max:.4g}], the rewards allow [{low:.4g}, {high:.4g}]"
+            tqdm.write(f"warning: update {step}: {text}", file=sys.stderr)
 
     def read(self, name):
         """The columns of a CSV file: name -> array."""

@@ -424,7 +424,7 @@ def train(args, dataset, envs, run):
             shown["success"] = f"{result['success']:.0%}"
             progress.set_postfix(shown)
             logged_time += time.perf_counter() - eval_start  # does not count as updates
-        if evaluates or run.checkpoint_is_old():
+        if evaluates or time.perf_counter() > run.saved_at + 300:
             run.save(parts, step=step, sizes=nets.sizes)
     progress.close()
     run.finish()
