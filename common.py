@@ -76,7 +76,7 @@ def reading(folder):
         raise
     except (Exception, SystemExit) as e:  # a damaged file can raise anything, tyro exits
         script = Path(sys.argv[0]).name
-        raise UserError(f"{folder}: damaged, or not a run of {script}: {e!r}") from None
+        raise UserError(f"{folder}: damaged, or not a run of {script}: {repr(e)[:200]}") from None
 
 
 def read_args(args_type, folder):
@@ -120,6 +120,7 @@ def parse_args(args_type, doc, settings):
     mode = "resume" if args.resume else "evaluate"
     limits = dict(discount=(1e-9, 1), tau=(1e-9, 1), seed=(0, 2**31 - 1), task=(-99, 99))
     limits.update(policy_width=(0, 1e6), target_entropy=(-1e6, 1e6))
+    limits.update(dict.fromkeys("hidden batch_size time_dim num_envs".split(), (1, 1e6)))
     for name, value in vars(args).items():
         said = " ".join(flags({name: value})) or f"no {name}"
         low, high = limits.get(name, (1e-12, 1e12))
@@ -245,9 +246,11 @@ def make_envs(env, num_envs):
     """`num_envs` copies of a Gymnasium id, or of what a function makes, a process each."""
 
     def start():
-        if multiprocessing.parent_process():  # Ctrl-C is for the main process, which ends this one
+        if (
+            multiprocessing.parent_process()
+        ):  # signals are for the main process, which ends this one
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         return SeededReset(env() if callable(env) else gymnasium.make(env))
 
     return AsyncVectorEnv([start] * num_envs, **SAME_STEP)
@@ -408,7 +411,7 @@ def get_dataset(name, env_id, path, url, device, horizon=1):
     note, target = "given by --dataset", path
     if not path:
         note, target = "official file", Path(f"~/.ogbench/data/{name}.npz").expanduser()
-        collect = not (url or target.exists()) and re.match("pointmaze-.*-nav", name)
+        collect = not (url or os.path.exists(target)) and re.match("pointmaze-.*-nav", name)
         target = target.parents[1] / "collected" / target.name if collect else target
         url = (url or ogbench.utils.DATASET_URL).removesuffix("/")
         with writing(target.parent), FileLock(target.with_name(f".{target.name}.lock")):
@@ -480,7 +483,7 @@ def collect_pointmaze(name, path, episodes=300, workers=None, seed=0):
     """Write a pointmaze-*-navigate dataset to `path`, the same one for any number of workers."""
     steps = 2001 if "giant" in name else 1001
     jobs = [(name.replace("-navigate", ""), steps, [seed, i]) for i in range(episodes)]
-    with multiprocessing.Pool(workers) as pool:
+    with multiprocessing.Pool(workers, signal.signal, (signal.SIGTERM, signal.SIG_DFL)) as pool:
         results = pool.imap(collect_episode, jobs)
         parts = list(tqdm(results, f"collecting {name}", episodes, unit=" episodes"))
     data = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
@@ -590,7 +593,7 @@ class Run:
             for name, part in parts.items() if self.state["step"] else ():
                 load = getattr(part, "load_state_dict", None) or part.set_state
                 load(self.state.pop(name))
-            for path in self.path.glob("*.csv"):
+            for path in self.path.glob("[te][rv]a*.csv"):  # train.csv, eval.csv
                 header, *rows = path.read_text().splitlines(keepends=True)
                 rows = [row for row in rows if int(row.split(",")[0]) <= self.state["step"]]
                 text = "".join([header, *rows]).encode()
@@ -646,7 +649,8 @@ class Run:
 
     def finish(self):
         """Print the score: the means of the last three evaluations."""
-        rows = {k: v[-3:] for k, v in self.read("eval.csv").items()}
+        with reading(self.path):
+            rows = {k: v[-3:] for k, v in self.read("eval.csv").items()}
         means = {k: rows[k].mean() for k in ("success", "return", "length")}
         text = ", ".join(f"{k} {v:.4g}" for k, v in means.items() if not np.isnan(v))
         print(f"mean of the last {len(rows['step'])} evaluations: {text}")

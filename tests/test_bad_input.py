@@ -245,7 +245,7 @@ def test_places_that_cannot_be_written(finished, check, tmp_path, monkeypatch):
     for place in ("file", "file/x", "/proc/x", "/dev/null", "a\nb/" + LONG):
         check("qflow", "--dataset", finished.parents[1] / "data", "--run-dir", place, says=[place])
         check("flow_sac", "--run-dir", place, says=[place])
-    for home in (tmp_path, tmp_path / "file", Path("/proc/x")):
+    for home in (tmp_path, tmp_path / "file", Path("/proc/x"), tmp_path / LONG):
         monkeypatch.setenv("HOME", str(home))
         check("qflow", says=[home / ".ogbench"])
         check("fql", "--env", "scene-play-v0", says=[home / ".ogbench"])
