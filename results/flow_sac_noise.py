@@ -3,7 +3,6 @@
 python results/flow_sac_noise.py runs/Pendulum-v1__flow_sac__0__... --episodes 50
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -16,23 +15,11 @@ import common  # noqa: E402
 import flow_sac  # noqa: E402
 
 
-def load(folder):
-    """A run's folder -> its arguments, networks and environment."""
-    config = json.loads((folder / "config.json").read_text())["args"]
-    args = flow_sac.Args(**{k: tuple(v) if type(v) is list else v for k, v in config.items()})
-    env = common.continuous_env(args.env)()
-    nets = flow_sac.Networks(env.observation_space.shape[0], env.action_space.shape[0], args)
-    nets.load_state_dict(
-        torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")["nets"]
-    )
-    return args, nets, env
-
-
 def main(folder: tyro.conf.Positional[Path], episodes: int = 50):
     """folder: a run of flow_sac.py; episodes: for each of the three."""
     torch.set_num_threads(1)
-    args, nets, env = load(folder)
-    env = common.SeededReset(env)
+    nets, args = flow_sac.load(folder)
+    env = common.SeededReset(common.continuous_env(args.env)())
 
     def plain(obs, x0, eps):  # Euler steps of v alone
         obs, x, k = nets.policy.obs_norm(obs), x0, args.flow_steps
