@@ -3,6 +3,7 @@
 import difflib
 import importlib.metadata
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -20,8 +21,8 @@ from ctypes.util import find_library
 from pathlib import Path
 from typing import NamedTuple
 
-if "--video" in sys.argv:  # MuJoCo wants to know when it is imported
-    os.environ.setdefault("MUJOCO_GL", "egl" if find_library("EGL") else "osmesa")
+if "--video" in sys.argv and (found := [x for x in ("EGL", "OSMesa") if find_library(x)]):
+    os.environ.setdefault("MUJOCO_GL", found[0].lower())  # which MuJoCo reads when it is imported
 
 import gymnasium
 import imageio
@@ -43,7 +44,7 @@ MAY_CHANGE = dict(  # of the settings of the run that --resume or --evaluate nam
     resume="offline_steps online_steps eval_interval eval_episodes log_interval compile".split(),
     evaluate="eval_episodes seed device video".split(),
 )
-DIVERGED = "; the last good checkpoint is kept, a new run with a smaller --lr may do better"
+DIVERGED = "; checkpoint.pt, if any, is from before; a new run with a smaller --lr may do better"
 SAME_STEP = dict(autoreset_mode=AutoresetMode.SAME_STEP)
 
 
@@ -230,30 +231,23 @@ class SeededReset(gymnasium.Wrapper):
         return *result, {k: info[k] for k in ("success",) if k in info}
 
 
-class Film(gymnasium.Wrapper):
-    """Keeps a picture of every eighth step."""
-
-    steps, pictures = 0, ()
-
-    def step(self, action):
-        if self.steps % 8 == 0:
-            self.pictures = [*self.pictures, self.env.render()]
-        self.steps += 1
-        return self.env.step(action)
+def quiet(on_term):
+    """In a worker process: signals are for the main process, which ends this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, on_term)
 
 
 def make_envs(env, num_envs):
     """`num_envs` copies of a Gymnasium id, or of what a function makes, a process each."""
 
     def start():
-        if (
-            multiprocessing.parent_process()
-        ):  # signals are for the main process, which ends this one
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if multiprocessing.parent_process():
+            quiet(signal.SIG_IGN)
         return SeededReset(env() if callable(env) else gymnasium.make(env))
 
-    return AsyncVectorEnv([start] * num_envs, **SAME_STEP)
+    envs = AsyncVectorEnv([start] * num_envs, **SAME_STEP)
+    envs.close = lambda **_: [p.kill() for p in envs.processes]  # its own may wait for ever
+    return envs
 
 
 def report(evaluate, policy, env, args):
@@ -273,13 +267,20 @@ def report(evaluate, policy, env, args):
         if not np.isnan(middle):
             print(f"{name} {x.mean():.4g} (95 %: {middle - half:.4g} to {middle + half:.4g})")
     if args.video:
+        pictures, calls, every = [], itertools.count(), max(8 // play[0], 1)
+
+        def filmed(obs):
+            if next(calls) % every == 0:
+                pictures.append(film.render())
+            return policy(obs)
+
         try:
-            film = Film(make(render_mode="rgb_array"))
+            film = make(render_mode="rgb_array")
             with closing(SyncVectorEnv([lambda: SeededReset(film)], **SAME_STEP)) as envs:
-                evaluate(policy, envs, 3, *play)
+                evaluate(filmed, envs, 3, *play)
             path = args.evaluate / "evaluation.gif"
-            write(path, lambda file: imageio.mimsave(file, film.pictures, "GIF", loop=0))
-            print(f"three episodes, every eighth step: {path}")
+            write(path, lambda file: imageio.mimsave(file, pictures, "GIF", loop=0))
+            print(f"three episodes, a picture every {every * play[0]} steps: {path}")
         except Exception as e:  # whatever a missing library raises
             print(f"--video: cannot render, which needs EGL or OSMesa: {e!r}", file=sys.stderr)
 
@@ -414,11 +415,12 @@ def get_dataset(name, env_id, path, url, device, horizon=1):
         collect = not (url or os.path.exists(target)) and re.match("pointmaze-.*-nav", name)
         target = target.parents[1] / "collected" / target.name if collect else target
         url = (url or ogbench.utils.DATASET_URL).removesuffix("/")
-        with writing(target.parent), FileLock(target.with_name(f".{target.name}.lock")):
-            if not target.exists() and collect:  # which another run may just have done
-                collect_pointmaze(name, target)
-            elif not target.exists():
-                download(url if url.endswith(".npz") else f"{url}/{target.name}", target)
+        if not os.path.exists(target):
+            with writing(target.parent), FileLock(target.with_name(f".{target.name}.lock")):
+                if not target.exists() and collect:  # which another run may just have done
+                    collect_pointmaze(name, target)
+                elif not target.exists():
+                    download(url if url.endswith(".npz") else f"{url}/{target.name}", target)
     dataset, source = load_dataset(target, env_id, device)
     if horizon > len(dataset):
         raise UserError(f"--horizon {horizon}: {target} has only {len(dataset)} transitions")
@@ -428,14 +430,16 @@ def get_dataset(name, env_id, path, url, device, horizon=1):
 def download(url, path):
     """Fetch url into path; goes on where it was interrupted. Raises UserError.
 
-    It gives up after three attempts in a row that bring nothing new: within 30 s without a host.
+    It gives up after three attempts in a row, or 15 seconds, that bring nothing new.
     """
-    part, most, failures, whole = path.with_name(f"{path.name}.part"), 0, 0, False
-    while (have := part.stat().st_size if part.exists() else 0) > most or failures < 3:
-        failures, most = 0 if have > most else failures, max(have, most)
+    part, most, failures, whole = path.with_name(f"{path.name}.part"), -1, 0, False
+    while failures < 3:
+        have = part.stat().st_size if part.exists() else 0
+        if have > most:
+            most, last = have, time.perf_counter()
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
         try:
-            with requests.get(url, headers=headers, stream=True, timeout=(4, 8)) as response:
+            with requests.get(url, headers=headers, stream=True, timeout=(3, 8)) as response:
                 if response.status_code != 416:  # 416: nothing is lacking
                     failures += 3 * (400 <= response.status_code < 500)
                     response.raise_for_status()
@@ -453,6 +457,8 @@ def download(url, path):
             part.unlink(missing_ok=True)
         except (requests.RequestException, ValueError) as e:
             cause, failures = e, failures + 1
+        news = part.exists() and part.stat().st_size > most
+        failures = 0 if news else failures if time.perf_counter() < last + 15 else 3
         time.sleep(1)
     how = f"put {path.name} into {path.parent} by hand, or name a file with --dataset"
     raise UserError(f"{url}: download failed ({cause}); {how}, or a mirror with --dataset-url")
@@ -464,8 +470,12 @@ def writing(place, hint=""):
     try:
         place.mkdir(parents=True, exist_ok=True)
         yield
-    except (OSError, RuntimeError) as e:  # torch.save makes a RuntimeError of a full disk
-        raise UserError(f"{place}: cannot write there: {e}{hint}") from None
+    except (OSError, RuntimeError) as e:
+        # torch.save makes a RuntimeError of anything
+        cause = e.__context__ if isinstance(e, RuntimeError) and e.__context__ else e
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        raise UserError(f"{place}: cannot write there: {cause}{hint}") from None
 
 
 def write(path, fill):
@@ -474,6 +484,8 @@ def write(path, fill):
     try:
         with open(temporary, "wb") as file:
             fill(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -483,7 +495,7 @@ def collect_pointmaze(name, path, episodes=300, workers=None, seed=0):
     """Write a pointmaze-*-navigate dataset to `path`, the same one for any number of workers."""
     steps = 2001 if "giant" in name else 1001
     jobs = [(name.replace("-navigate", ""), steps, [seed, i]) for i in range(episodes)]
-    with multiprocessing.Pool(workers, signal.signal, (signal.SIGTERM, signal.SIG_DFL)) as pool:
+    with multiprocessing.Pool(workers, quiet, (signal.SIG_DFL,)) as pool:
         results = pool.imap(collect_episode, jobs)
         parts = list(tqdm(results, f"collecting {name}", episodes, unit=" episodes"))
     data = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
@@ -544,42 +556,52 @@ def read_checkpoint(folder):
 class Run:
     """A run's folder: config.json, CSV files, curve.png, checkpoint.pt. Raises UserError.
 
-    It is root/name__time, or that of the run to `resume`. For a with statement.
+    It is root/name__time, or that of the run to `resume`. A with statement closes its files.
     """
 
     def __init__(self, root, name, config, resume=None):
         self.path = Path(resume or Path(root) / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}")
         self.files, self.bars, self.state, self.warned = {}, [], {}, False
         self.saved_at = time.perf_counter()
-        self.hint = f"; go on with --resume {self.path}"
         packages = "torch", "numpy", "gymnasium", "ogbench", "mujoco"
         versions = {package: importlib.metadata.version(package) for package in packages}
         versions["python"] = sys.version.split()[0]
         extra = dict(versions=versions, threads=torch.get_num_threads(), commit=commit())
         config = json.loads(json.dumps({**config, **extra}, default=str))
+        with writing(self.path.parent):
+            if not resume:
+                self.path.mkdir()
+            self.lock = FileLock(self.path / ".lock", blocking=False)
+            self.lock.acquire()  # before anything is read: somebody may be writing it
         with reading(self.path):
             old = json.loads((self.path / "config.json").read_text()) if resume else config
             self.state = read_checkpoint(self.path) if resume else {"step": 0}
-            for name in ("device", "dataset"):
-                if old.get(name) != config.get(name):
-                    what = f"its {name} was {old.get(name)}, is {config.get(name)}"
-                    raise UserError(f"--resume {self.path}: {what}")
+            for name in ("device", "dataset", "threads", "versions"):
+                if (was := old.get(name)) != (now := config.get(name)):
+                    what = f"--resume {self.path}: {name} was {was}, is {now}"
+                    if name in ("device", "dataset"):
+                        raise UserError(what)
+                    print(f"warning: {what}: not the same bit for bit", file=sys.stderr)
             for name in {"offline_steps", "online_steps"} & set(config.get("args", ())):
-                if config["args"][name] < (step := self.state["step"]):
+                end = config["args"][name] + config["args"].get("num_envs", 1)
+                if end <= (step := self.state["step"]):
                     raise UserError(f"--resume {self.path}: is at step {step} already")
-        with writing(self.path.parent):
-            self.path.mkdir(exist_ok=bool(resume))
-            self.lock = FileLock(self.path / ".lock", blocking=False)
-            self.lock.acquire()
+        with writing(self.path):
             text = json.dumps(config, indent=2) + "\n"
             write(self.path / "config.json", lambda file: file.write(text.encode()))
+
+    @property
+    def hint(self):
+        """How to go on, if that is possible."""
+        return f"; go on with --resume {self.path}" * (self.path / "checkpoint.pt").exists()
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
         for file in (*self.files.values(), *self.bars):
-            file.close()
+            with suppress(OSError):  # a row that did not fit on the disk
+                file.close()
         self.lock.release()
         if kind is KeyboardInterrupt:
             print(f"stopped{self.hint}", file=sys.stderr)
@@ -595,7 +617,8 @@ class Run:
                 load(self.state.pop(name))
             for path in self.path.glob("[te][rv]a*.csv"):  # train.csv, eval.csv
                 header, *rows = path.read_text().splitlines(keepends=True)
-                rows = [row for row in rows if int(row.split(",")[0]) <= self.state["step"]]
+                whole = [row for row in rows if row.endswith("\n")]
+                rows = [row for row in whole if int(row.split(",")[0]) <= self.state["step"]]
                 text = "".join([header, *rows]).encode()
                 write(path, lambda file, text=text: file.write(text))
                 self.read(path.name)
@@ -610,6 +633,8 @@ class Run:
             values[name] = getattr(part, "state_dict", None) or part.get_state
             values[name] = values[name]()
         with writing(self.path, self.hint):
+            for file in self.files.values():
+                os.fsync(file.fileno())
             write(self.path / "checkpoint.pt", lambda file: torch.save(values, file))
         self.saved_at = time.perf_counter()
 

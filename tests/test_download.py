@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import repeat
 from pathlib import Path
@@ -89,7 +90,7 @@ def host(versions):
 def path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(common, "time", Mock())
+    monkeypatch.setattr(common, "time", Mock(perf_counter=time.perf_counter))
     (tmp_path / ".ogbench/data").mkdir(parents=True)
     return tmp_path / ".ogbench/data" / f"{NAME}.npz"
 

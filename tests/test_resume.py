@@ -15,11 +15,12 @@ import pytest
 import torch
 
 import common
+import flow_sac
 import fql
 import qflow
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--hidden 16 16 --batch-size 16 --log-interval 7 --eval-episodes 1 --seed 3"
+SMALL = "--hidden 16 16 --batch-size 16 --log-interval 7 --eval-episodes 3 --seed 3"
 OFFLINE = f"--offline-steps 120 --eval-interval 30 --horizon 2 {SMALL}".split()
 ONLINE = f"--online-steps 900 --eval-interval 150 --learning-starts 150 {SMALL}".split()
 RUNS = {
@@ -48,6 +49,7 @@ def start(home, script, *flags, **options):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         **options,
     )
 
@@ -100,7 +102,8 @@ def test_killed_again_and_again_it_computes_the_same(script, signals, home, whol
     moments = []
     for number in signals:
         time.sleep(rng.uniform(0, 0.7))
-        process.send_signal(number)
+        # a terminal's Ctrl-C and a cluster's SIGTERM reach the environments' processes too
+        (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
         out, err = process.communicate(timeout=100)
         if number != signal.SIGKILL and "mean of the last" not in out:
             assert process.returncode == 130 and err.endswith("\ninterrupted\n"), err
@@ -134,7 +137,8 @@ def test_steps_may_be_added_and_intervals_changed(script, home, whole, tmp_path)
     assert f"{steps.replace('-', '_')}={end}" in out
     assert rows(folder, "eval.csv")[:-1] == rows(whole[script], "eval.csv")
     assert rows(folder, "eval.csv")[-1][0] == str(end)
-    assert common.read_args(qflow.Args, folder).offline_steps == end if script[0] == "q" else True
+    saved = common.json.loads((folder / "config.json").read_text())["args"]
+    assert saved[steps.replace("-", "_")] == end and saved["eval_interval"] == end
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(home, whole, tmp_path):
@@ -158,7 +162,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(home, whole, tmp_path):
 def test_a_row_that_does_not_fit_on_the_disk_is_an_error_not_a_gap(tmp_path):
     run = common.Run(tmp_path, "x", {})
     (run.path / "train.csv").symlink_to("/dev/full")
-    with pytest.raises(common.UserError, match="No space left") as e:
+    run.save(dict(nets=torch.nn.Linear(1, 1)), step=0)
+    with pytest.raises(common.UserError, match="No space left") as e, run:
         run.log("train.csv", step=1, critic_loss=0.5)
     assert f"--resume {run.path}" in str(e.value)
 
@@ -211,13 +216,17 @@ def test_film_is_a_picture_of_every_eighth_step_or_a_line_that_says_why_not(
     assert "cannot render" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", [qflow, fql])
+@pytest.mark.parametrize("module", [qflow, fql, flow_sac])
 def test_loaded_networks_act_as_the_trained_ones(module, whole):
     nets, args = module.load(whole[f"{module.__name__}.py"])
-    assert args.seed == 3 and args.hidden == (16, 16) and nets.sizes == (2, 4)
-    obs = np.random.default_rng(0).normal(size=(5, 2))
+    sizes, shape = ((3, 1), (5, 1, 1)) if module is flow_sac else ((2, 4), (5, 2, 2))
+    assert args.seed == 3 and args.hidden == (16, 16) and nets.sizes == sizes
+    obs = np.random.default_rng(0).normal(size=(5, sizes[0]))
+    x0 = torch.randn(5, sizes[1], generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = module.sample_actions(nets, torch.tensor(obs).float(), x0, args).view(shape)
     first, again, other = (
         module.act(nets, obs, args, torch.Generator().manual_seed(s)) for s in (0, 0, 1)
     )
-    assert first.shape == (5, 2, 2) and np.abs(first).max() <= 1
+    assert np.array_equal(first, expected) and np.abs(first).max() <= 1
     assert np.array_equal(first, again) and not np.array_equal(first, other)
