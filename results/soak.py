@@ -14,7 +14,9 @@ from pathlib import Path
 
 script, *flags = sys.argv[1:]
 root = Path(__file__).parent.parent
-process = subprocess.Popen([sys.executable, root / script, *flags], stderr=subprocess.DEVNULL)
+process = subprocess.Popen(
+    [sys.executable, root / script, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+)
 folder, page = Path(f"/proc/{process.pid}"), os.sysconf("SC_PAGESIZE")
 start, next_time = time.perf_counter(), 10
 print("seconds,resident_mb,open_files", flush=True)
