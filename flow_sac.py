@@ -638,7 +638,9 @@ def train(args, device, envs, eval_envs, run):
             progress.set_postfix(shown)
             logged_time += time.perf_counter() - eval_start  # does not count as steps
 
-        if save_due and (done.any() or ended):  # where episodes end: an environment cannot be saved
+        if save_due and (done.any() or ended):
+            # What is inside an environment cannot be saved, so all begin new episodes here, as a
+            # run does that goes on from this checkpoint.
             counts = dict(step=step, updates=updates, metrics=metrics, finished=finished)
             run.save(parts, **counts, sizes=nets.sizes)
             obs, returns, save_due = begin_episodes(), np.zeros(n), False
