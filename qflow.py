@@ -393,7 +393,7 @@ def train(args, dataset, envs, run):
     optimizer = make_optimizer(nets, args)
     loss = torch.compile(total_loss, fullgraph=True) if args.compile else total_loss
 
-    parts = dict(nets=nets, optimizer=optimizer, generator=generator)
+    parts = dict(nets=nets, optimizer=optimizer, generator=generator)  # what a checkpoint keeps
     start = run.restore(parts)["step"]
     q_bounds, shown = dataset.q_bounds(args.discount), {}
     logged_step, logged_time = start, time.perf_counter()
