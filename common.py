@@ -377,7 +377,7 @@ def load_dataset(path, env_id, device):
     with gymnasium.make(env_id) as env:
         sizes = env.observation_space.shape + env.action_space.shape
         try:
-            with zipfile.ZipFile(path) as file:  # np.load does not look at checksums
+            with zipfile.ZipFile(path) as file:  # all checksums, before anything is used
                 if broken := file.testzip():
                     raise ValueError(f"{broken} is damaged")
             with np.load(path) as file:

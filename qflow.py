@@ -441,8 +441,9 @@ def main():
         nets, _ = load(args.evaluate, device)
         generator = torch.Generator(device).manual_seed(args.seed)
         return common.report(evaluate, lambda obs: act(nets, obs, args, generator), env_id, args)
-    files = args.dataset, args.dataset_url
-    dataset, source = common.get_dataset(dataset_name, env_id, *files, device, args.horizon)
+    dataset, source = common.get_dataset(
+        dataset_name, env_id, args.dataset, args.dataset_url, device, args.horizon
+    )
     config = dict(args=vars(args), device=str(device), dataset=source)
     folder = f"{name}__{Path(__file__).stem}__{args.seed}"
     print(f"{name}: {len(dataset)} transitions, {dataset.episodes} episodes, from {source}")
