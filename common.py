@@ -1,7 +1,6 @@
 """Data onto the device, results onto disk and screen; nothing here is about a method."""
 
 import difflib
-import importlib.metadata
 import io
 import itertools
 import json
@@ -16,8 +15,10 @@ import textwrap
 import time
 import warnings
 import zipfile
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager, redirect_stderr, suppress
 from ctypes.util import find_library
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,21 +42,26 @@ warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, spaces
 
 TYRO = dict(config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone))
 MAY_CHANGE = dict(  # of the settings of the run that --resume or --evaluate names
-    resume="offline_steps online_steps eval_interval eval_episodes log_interval compile".split(),
-    evaluate="eval_episodes seed device video".split(),
+    resume="resume offline_steps online_steps eval_interval eval_episodes log_interval compile",
+    evaluate="evaluate eval_episodes seed device video",
 )
-DIVERGED = "; checkpoint.pt, if any, is from before; a new run with a smaller --lr may do better"
 SAME_STEP = dict(autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 class UserError(Exception):
-    """A mistake that the user can mend; one line."""
-
-    def __init__(self, text):
-        super().__init__(" ".join(text.split()))
+    """A mistake that the user can mend, in one line."""
 
 
-# --------------------------------------------------------------------------------- command line
+@contextmanager
+def blame(text, kinds=(Exception, SystemExit)):
+    """What goes wrong inside (any of these kinds) becomes a UserError that begins with `text`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as e:  # a damaged file can raise anything, tyro exits
+        cause = str(e) if isinstance(e, OSError | ValueError) else repr(e)
+        raise UserError(f"{text}: {cause[:200]}") from None
 
 
 def flags(settings):
@@ -68,16 +74,14 @@ def flags(settings):
     return words
 
 
-@contextmanager
 def reading(folder):
-    """What goes wrong inside becomes a UserError: the folder is not that of such a run."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (Exception, SystemExit) as e:  # a damaged file can raise anything, tyro exits
-        script = Path(sys.argv[0]).name
-        raise UserError(f"{folder}: damaged, or not a run of {script}: {repr(e)[:200]}") from None
+    """For a with statement that reads a run's folder: what goes wrong there is a UserError."""
+    return blame(f"{folder}: damaged, or not a run of {Path(sys.argv[0]).name}")
+
+
+def writing(folder):
+    """For a with statement that writes into a folder: a full disk and the like is a UserError."""
+    return blame(f"{folder}: cannot write there", OSError)
 
 
 def read_args(args_type, folder):
@@ -97,8 +101,7 @@ def parse_args(args_type, doc, settings):
     What is not given is as in the run of --resume or --evaluate, or as in the settings of --env.
     """
     doc += "\nDefaults by environment (a flag that is given beats them):\n"
-    *_, last = settings.values()
-    for env, row in {**settings, "any other": {k: vars(args_type())[k] for k in last}}.items():
+    for env, row in settings.items():
         indent = dict(initial_indent="\n    ", subsequent_indent=" " * 33, break_on_hyphens=False)
         doc += textwrap.fill(f"{env:29}" + " ".join(flags(row)), 95, **indent)
     box = io.StringIO()
@@ -118,7 +121,7 @@ def parse_args(args_type, doc, settings):
         raise UserError(f"{text} (--help lists all flags)") from None
     if args.resume and args.evaluate or args.video and not args.evaluate:
         raise UserError("--video goes with --evaluate, --evaluate does not go with --resume")
-    mode = "resume" if args.resume else "evaluate"
+    may_change = MAY_CHANGE["resume" if args.resume else "evaluate"].split()
     limits = dict(discount=(1e-9, 1), tau=(1e-9, 1), seed=(0, 2**31 - 1), task=(-99, 99))
     limits.update(policy_width=(0, 1e6), target_entropy=(-1e6, 1e6))
     limits.update(dict.fromkeys("hidden batch_size time_dim num_envs".split(), (1, 1e6)))
@@ -128,9 +131,9 @@ def parse_args(args_type, doc, settings):
         numbers = [x for x in np.ravel(value) if type(value) in (int, float, tuple)]
         if value == () or not all(low <= x <= high for x in numbers):
             raise UserError(f"{said}: must be from {low:g} to {high:g}")
-        if folder and value != getattr(default, name) and name not in [mode, *MAY_CHANGE[mode]]:
-            kept = " ".join(flags({k: v for k, v in vars(default).items() if k == name}))
-            raise UserError(f"{said}: {folder} was started with {kept or 'no such flag'}")
+        if folder and value != getattr(default, name) and name not in may_change:
+            kept = " ".join(flags({name: getattr(default, name)})) or "no such flag"
+            raise UserError(f"{said}: {folder} was started with {kept}")
     return args
 
 
@@ -140,7 +143,7 @@ def cli(main):
     try:
         main()
     except UserError as e:
-        print(f"{Path(sys.argv[0]).name}: error: {e}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error:", *str(e).split(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -159,9 +162,6 @@ def pick_device(name, compile=False):
     return torch.device(name)
 
 
-# --------------------------------------------------------------------------------- environments
-
-
 def task_names():
     """Every name of an OGBench task on states -> name of its dataset, environment id."""
     names = {}
@@ -174,13 +174,6 @@ def task_names():
     return names
 
 
-def check_name(said, name, known):
-    """Raises UserError with the closest of the known names, if name is none of them."""
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0)
-        raise UserError(f"{said}: no such environment; closest: {', '.join(close)}")
-
-
 def resolve_task(env, task=0):
     """--env and --task (0: the default one) -> name, dataset, environment id. Raises UserError.
 
@@ -189,26 +182,13 @@ def resolve_task(env, task=0):
     stem, _, named = env.removesuffix("-v0").partition("-singletask")
     name = f"{stem}-singletask{named or (task and f'-task{task}') or ''}-v0"
     known = task_names()
-    check_name(f"--env {env} --task {task}" if task else f"--env {env}", name, known)
+    if name not in known:
+        said = f"--env {env} --task {task}" if task else f"--env {env}"
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0)
+        raise UserError(f"{said}: no such environment; closest: {', '.join(close)}")
     if task and named not in ("", f"-task{task}"):
         raise UserError(f"--task {task}: --env {env} already names a task")
     return name, *known[name]
-
-
-def continuous_env(env_id):
-    """Gymnasium id -> function that makes it, with actions in [-1, 1]. Raises UserError."""
-    check_name(env_id, env_id, [name for name in gymnasium.registry if "/" not in name])
-    make = lambda **options: gymnasium.make(env_id, **options)
-    try:
-        with make() as env:
-            for space in env.observation_space, env.action_space:
-                if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-                    raise ValueError(f"{space} is not a vector (Box)")
-            if not env.action_space.is_bounded():
-                raise ValueError(f"actions {env.action_space} are not bounded")
-    except Exception as e:  # also a package that is missing, a version that is too old
-        raise UserError(f"--env {env_id}: cannot be used: {e}") from None
-    return lambda **options: gymnasium.wrappers.RescaleAction(make(**options), -1.0, 1.0)
 
 
 class SeededReset(gymnasium.Wrapper):
@@ -231,18 +211,12 @@ class SeededReset(gymnasium.Wrapper):
         return *result, {k: info[k] for k in ("success",) if k in info}
 
 
-def quiet(on_term):
-    """In a worker process: signals are for the main process, which ends this one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, on_term)
-
-
 def make_envs(env, num_envs):
     """`num_envs` copies of a Gymnasium id, or of what a function makes, a process each."""
 
     def start():
         if multiprocessing.parent_process():
-            quiet(signal.SIG_IGN)
+            os.setpgrp()  # signals from a terminal are for the main process, which ends this one
         return SeededReset(env() if callable(env) else gymnasium.make(env))
 
     envs = AsyncVectorEnv([start] * num_envs, **SAME_STEP)
@@ -279,13 +253,10 @@ def report(evaluate, policy, env, args):
             with closing(SyncVectorEnv([lambda: SeededReset(film)], **SAME_STEP)) as envs:
                 evaluate(filmed, envs, 3, *play)
             path = args.evaluate / "evaluation.gif"
-            write(path, lambda file: imageio.mimsave(file, pictures, "GIF", loop=0))
+            write(path, imageio.mimsave("<bytes>", pictures, "GIF", loop=0))
             print(f"three episodes, a picture every {every * play[0]} steps: {path}")
         except Exception as e:  # whatever a missing library raises
             print(f"--video: cannot render, which needs EGL or OSMesa: {e!r}", file=sys.stderr)
-
-
-# ------------------------------------------------------------------------------------- datasets
 
 
 class Batch(NamedTuple):
@@ -300,65 +271,40 @@ class Batch(NamedTuple):
 
 
 class Dataset:
-    """Transitions (s, a, r, s') in order of time, as tensors; each observation is stored once.
+    """Episodes one after the other, each with a row more than it has steps (OGBench: compact).
 
-    NumPy arrays: observations, next_observations (N, O); actions (N, A) in [-1, 1]; rewards (N,);
-    masks (N,), 0 where s is terminal and its value therefore r alone; terminals (N,), 1 at the last
-    transition of each episode. Raises ValueError if they do not fit together.
+    NumPy arrays: observations (M, O); actions (M, A) in [-1, 1]; rewards (M,); masks (M,), 0 where
+    s is terminal and its value therefore r alone; valids (M,), 0 in the last row of an episode,
+    which is only there for its observation. Raises ValueError.
     """
 
-    def __init__(
-        self, observations, actions, next_observations, rewards, masks, terminals, device="cpu"
-    ):
-        n, obs_dim = len(actions), observations.shape[1:]
-        for name, array in {k: v for k, v in locals().items() if isinstance(v, np.ndarray)}.items():
-            size = actions.shape[1:2] if name == "actions" else obs_dim[:1] if "obs" in name else ()
-            if array.shape != (n, *size) or n == 0:
-                raise ValueError(f"{name} has shape {array.shape}, expected {(n, *size)}")
-            if not np.isfinite(array).all():
-                row = np.argwhere(~np.isfinite(array))[0, 0]
-                raise ValueError(f"{name} has NaN or infinity, first in row {row}")
-        if np.abs(actions).max() > 1:
-            raise ValueError(f"actions must be in [-1, 1], found {np.abs(actions).max()}")
-
-        ends = terminals.astype(bool)
-        ends[-1] = True
-        rows = np.arange(n) + np.cumsum(ends) - ends  # an episode's last next_observation is extra
-        stored = np.empty((n + ends.sum(), *obs_dim), np.float32)
-        stored[rows] = observations
-        stored[rows[ends] + 1] = next_observations[ends]
-        wrong = (stored[rows + 1] != next_observations.astype(np.float32)).any(1)
-        if wrong.any():
-            i = wrong.argmax()
-            raise ValueError(f"next_observations[{i}] is not observations[{i + 1}]: set terminals")
-
-        put = lambda array: torch.as_tensor(array.astype(np.float32), device=device)
-        self.observations, self.actions = put(stored), put(actions)
-        self.rewards, self.masks, self.terminals = put(rewards), put(masks), put(ends)
-        self.rows = torch.as_tensor(rows, device=device)
-        self.episodes = int(ends.sum())
+    def __init__(self, observations, actions, rewards, masks, valids, device="cpu"):
+        arrays = observations, actions, rewards, masks, valids
+        if len({len(x) for x in arrays}) > 1 or not np.any(valids) or valids[-1]:
+            raise ValueError("no transitions, lengths that differ, or no end in the last row")
+        if not all(np.isfinite(x).all() for x in arrays) or np.abs(actions).max() > 1:
+            raise ValueError("NaN or infinity, or actions outside of [-1, 1]")
+        arrays = [torch.as_tensor(np.asarray(x, np.float32), device=device) for x in arrays]
+        self.observations, self.actions, self.rewards, self.masks, self.valids = arrays
+        self.rows = self.valids.nonzero().squeeze(1)  # (N,) of the transitions
+        self.episodes = len(valids) - len(self.rows)
 
     def __len__(self):
-        return len(self.actions)
-
-    def q_bounds(self, discount):
-        """The least and the greatest discounted return that these rewards allow."""
-        low, high = self.rewards.min().clamp(max=0), self.rewards.max().clamp(min=0)
-        return low.item() / max(1 - discount, 1e-9), high.item() / max(1 - discount, 1e-9)
+        return len(self.rows)
 
     def chunks(self, starts, horizon, discount):
         """Batch of the chunks that start at transitions (B,), none later than N - horizon."""
-        steps = starts[:, None] + torch.arange(horizon, device=starts.device)
-        ended = self.terminals[steps]
+        steps = self.rows[starts[:, None] + torch.arange(horizon, device=starts.device)]
+        ended = 1 - self.valids[steps + 1]
         valid = (ended.cumsum(1) - ended == 0).float()
         powers = discount ** torch.arange(horizon, device=starts.device)
-        last = starts + valid.sum(1).long() - 1
+        last = steps.gather(1, valid.sum(1, keepdim=True).long() - 1).squeeze(1)
         return Batch(
-            observations=self.observations[self.rows[starts]],
+            observations=self.observations[steps[:, 0]],
             actions=self.actions[steps].flatten(1),
             rewards=(powers * self.rewards[steps] * valid).sum(1),
             masks=torch.where(valid > 0, self.masks[steps], 1.0).prod(1),
-            next_observations=self.observations[self.rows[last] + 1],
+            next_observations=self.observations[last + 1],
             valid=valid,
         )
 
@@ -374,33 +320,26 @@ def load_dataset(path, env_id, device):
 
     Raises UserError, which names the file and what is wrong with it.
     """
-    with gymnasium.make(env_id) as env:
-        sizes = env.observation_space.shape + env.action_space.shape
-        try:
-            with zipfile.ZipFile(path) as file:  # all checksums, before anything is used
-                if broken := file.testzip():
-                    raise ValueError(f"{broken} is damaged")
-            with np.load(path) as file:
-                source = str(file["source"]) if "source" in file else None
-                if missing := {"observations", "actions", "terminals", "qpos"} - set(file):
-                    raise ValueError(f"has no {', '.join(missing)}")
-            data = ogbench.load_dataset(path, add_info=True)
-            for name, array in data.items():
-                if len(array) != len(data["observations"]):
-                    raise ValueError(f"{name} has the wrong length, or the last terminal is not 1")
-                if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
-                    raise ValueError(f"{name} has NaN, infinity, or no real numbers")
-            relabel_dataset(env_id, env, data)
-            found = data["observations"].shape[1:] + data["actions"].shape[1:]
-            if found != sizes:
-                raise ValueError(f"observation, action sizes {found}, the environment has {sizes}")
-            data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)  # as the authors do
-            names = "observations actions next_observations rewards masks terminals".split()
-            return Dataset(*(data[name] for name in names), device=device), source
-        except Exception as e:  # a damaged zip can raise anything; all of it means the same
-            cause = getattr(e, "strerror", None) or str(e) or repr(e)
-            cause = "arrays differ in length" if isinstance(e, IndexError) else cause
-            raise UserError(f"{path}: not a usable dataset: {cause}") from None
+    with gymnasium.make(env_id) as env, blame(f"{path}: not a usable dataset"):
+        with zipfile.ZipFile(path) as zipped, np.load(path) as file:
+            if broken := zipped.testzip():  # all checksums, before anything is used
+                raise ValueError(f"{broken} is damaged")
+            if missing := {"observations", "actions", "terminals", "qpos"} - set(file):
+                raise ValueError(f"has no {', '.join(missing)}")
+            source = str(file["source"]) if "source" in file else None
+        data = ogbench.load_dataset(path, compact_dataset=True, add_info=True)
+        for name, array in data.items():
+            if len(array) != len(data["observations"]):
+                raise ValueError(f"{name} has the wrong length")
+            if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+                raise ValueError(f"{name} has NaN, infinity, or no real numbers")
+        relabel_dataset(env_id, env, data)
+        found = data["observations"].shape[1:] + data["actions"].shape[1:]
+        if found != (sizes := env.observation_space.shape + env.action_space.shape):
+            raise ValueError(f"observation, action sizes {found}, the environment has {sizes}")
+        data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)  # as the authors do
+        names = "observations actions rewards masks valids".split()
+        return Dataset(*(data[name] for name in names), device=device), source
 
 
 def get_dataset(name, env_id, path, url, device, horizon=1):
@@ -409,29 +348,30 @@ def get_dataset(name, env_id, path, url, device, horizon=1):
     In this order: the file `path`; the official one in ~/.ogbench/data; for pointmaze-*-navigate
     one collected here; a download from `url`, a folder or file, by default OGBench's.
     """
-    note, target = "given by --dataset", path
+    note = "given by --dataset"
     if not path:
-        note, target = "official file", Path(f"~/.ogbench/data/{name}.npz").expanduser()
-        collect = not (url or os.path.exists(target)) and re.match("pointmaze-.*-nav", name)
-        target = target.parents[1] / "collected" / target.name if collect else target
-        url = (url or ogbench.utils.DATASET_URL).removesuffix("/")
-        if not os.path.exists(target):
-            with writing(target.parent), FileLock(target.with_name(f".{target.name}.lock")):
-                if not target.exists() and collect:  # which another run may just have done
-                    collect_pointmaze(name, target)
-                elif not target.exists():
-                    download(url if url.endswith(".npz") else f"{url}/{target.name}", target)
-    dataset, source = load_dataset(target, env_id, device)
+        note, path = "official file", Path(f"~/.ogbench/data/{name}.npz").expanduser()
+        collect = not (url or os.path.exists(path)) and re.match("pointmaze-.*-nav", name)
+        path = path.parents[1] / "collected" / path.name if collect else path
+        if not os.path.exists(path):
+            with writing(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(path.with_name(f".{path.name}.lock")):
+                    if not path.exists():  # else another run has just made it
+                        collect_pointmaze(name, path) if collect else download(url, path)
+    dataset, source = load_dataset(path, env_id, device)
     if horizon > len(dataset):
-        raise UserError(f"--horizon {horizon}: {target} has only {len(dataset)} transitions")
-    return dataset, f"{str(target).replace(str(Path.home()), '~')} ({source or note})"
+        raise UserError(f"--horizon {horizon}: {path} has only {len(dataset)} transitions")
+    return dataset, f"{str(path).replace(str(Path.home()), '~')} ({source or note})"
 
 
 def download(url, path):
-    """Fetch url into path; goes on where it was interrupted. Raises UserError.
+    """Fetch a file, or path.name from a folder; "" is OGBench's. Raises UserError.
 
-    It gives up after three attempts in a row, or 15 seconds, that bring nothing new.
+    Goes on where it was interrupted; gives up after three attempts, or 15 s, without news.
     """
+    url = (url or ogbench.utils.DATASET_URL).removesuffix("/")
+    url = url if url.endswith(".npz") else f"{url}/{path.name}"
     part, most, failures, whole = path.with_name(f"{path.name}.part"), -1, 0, False
     while failures < 3:
         have = part.stat().st_size if part.exists() else 0
@@ -464,43 +404,31 @@ def download(url, path):
     raise UserError(f"{url}: download failed ({cause}); {how}, or a mirror with --dataset-url")
 
 
-@contextmanager
-def writing(place, hint=""):
-    """Makes the folder; what goes wrong on the disk inside becomes a UserError with its name."""
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-        yield
-    except (OSError, RuntimeError) as e:
-        # torch.save makes a RuntimeError of anything
-        cause = e.__context__ if isinstance(e, RuntimeError) and e.__context__ else e
-        if isinstance(cause, KeyboardInterrupt):
-            raise cause from None
-        raise UserError(f"{place}: cannot write there: {cause}{hint}") from None
-
-
-def write(path, fill):
-    """fill(file) under a temporary name, then rename: nobody ever sees half a file."""
+def write(path, data):
+    """Bytes under a temporary name, then rename: nobody ever sees half a file. Raises UserError."""
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path.parent):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def collect_pointmaze(name, path, episodes=300, workers=None, seed=0):
     """Write a pointmaze-*-navigate dataset to `path`, the same one for any number of workers."""
     steps = 2001 if "giant" in name else 1001
     jobs = [(name.replace("-navigate", ""), steps, [seed, i]) for i in range(episodes)]
-    with multiprocessing.Pool(workers, quiet, (signal.SIG_DFL,)) as pool:
-        results = pool.imap(collect_episode, jobs)
+    with ProcessPoolExecutor(workers, initializer=os.setpgrp) as pool:
+        results = pool.map(collect_episode, jobs)
         parts = list(tqdm(results, f"collecting {name}", episodes, unit=" episodes"))
     data = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
     source = f"collected by OGBench's protocol, {episodes} episodes, seed {seed}; not official"
-    write(path, lambda file: np.savez_compressed(file, source=source, **data))
+    np.savez_compressed(file := io.BytesIO(), source=source, **data)
+    write(path, file.getbuffer())
 
 
 def collect_episode(job):
@@ -537,9 +465,6 @@ def collect_episode(job):
     return {k: np.array(column, np.float32) for k, column in zip(names, zip(*rows))}
 
 
-# ------------------------------------------------------------------------------------------ run
-
-
 def commit():
     """The commit of this checkout, with a + if files have changed since; None outside of git."""
     words = "describe --always --abbrev=40 --dirty=+ --exclude *".split()
@@ -556,55 +481,40 @@ def read_checkpoint(folder):
 class Run:
     """A run's folder: config.json, CSV files, curve.png, checkpoint.pt. Raises UserError.
 
-    It is root/name__time, or that of the run to `resume`. A with statement closes its files.
+    It is root/name__time, or that of the run to `resume`. Leave it by a with statement.
     """
 
     def __init__(self, root, name, config, resume=None):
         self.path = Path(resume or Path(root) / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}")
-        self.files, self.bars, self.state, self.warned = {}, [], {}, False
-        self.saved_at = time.perf_counter()
-        packages = "torch", "numpy", "gymnasium", "ogbench", "mujoco"
-        versions = {package: importlib.metadata.version(package) for package in packages}
+        self.bar, self.ready, self.warned, self.saved_at = None, False, False, time.perf_counter()
+        self.lock = FileLock(self.path / ".lock", blocking=False)
+        versions = {p: version(p) for p in "torch numpy gymnasium ogbench mujoco".split()}
         versions["python"] = sys.version.split()[0]
         extra = dict(versions=versions, threads=torch.get_num_threads(), commit=commit())
         config = json.loads(json.dumps({**config, **extra}, default=str))
-        with writing(self.path.parent):
-            if not resume:
-                self.path.mkdir()
-            self.lock = FileLock(self.path / ".lock", blocking=False)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=bool(resume))
             self.lock.acquire()  # before anything is read: somebody may be writing it
         with reading(self.path):
             old = json.loads((self.path / "config.json").read_text()) if resume else config
-            self.state = read_checkpoint(self.path) if resume else {"step": 0}
-            for name in ("device", "dataset", "threads", "versions"):
+            self.state = read_checkpoint(self.path) if resume else dict(step=0)
+            for name in "device", "dataset", "threads", "versions":
                 if (was := old.get(name)) != (now := config.get(name)):
                     what = f"--resume {self.path}: {name} was {was}, is {now}"
                     if name in ("device", "dataset"):
                         raise UserError(what)
                     print(f"warning: {what}: not the same bit for bit", file=sys.stderr)
-            for name in {"offline_steps", "online_steps"} & set(config.get("args", ())):
-                end = config["args"][name] + config["args"].get("num_envs", 1)
-                if end <= (step := self.state["step"]):
-                    raise UserError(f"--resume {self.path}: is at step {step} already")
-        with writing(self.path):
-            text = json.dumps(config, indent=2) + "\n"
-            write(self.path / "config.json", lambda file: file.write(text.encode()))
-
-    @property
-    def hint(self):
-        """How to go on, if that is possible."""
-        return f"; go on with --resume {self.path}" * (self.path / "checkpoint.pt").exists()
+        write(self.path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        for file in (*self.files.values(), *self.bars):
-            with suppress(OSError):  # a row that did not fit on the disk
-                file.close()
+        if self.bar:
+            self.bar.close()
         self.lock.release()
-        if kind is KeyboardInterrupt:
-            print(f"stopped{self.hint}", file=sys.stderr)
+        if kind and self.ready and (self.path / "checkpoint.pt").exists():
+            print(f"stopped; --resume {self.path} goes on where it was saved", file=sys.stderr)
 
     def restore(self, parts):
         """Put the states of the checkpoint into parts (name -> what has a state), if there is one.
@@ -615,56 +525,52 @@ class Run:
             for name, part in parts.items() if self.state["step"] else ():
                 load = getattr(part, "load_state_dict", None) or part.set_state
                 load(self.state.pop(name))
-            for path in self.path.glob("[te][rv]a*.csv"):  # train.csv, eval.csv
-                header, *rows = path.read_text().splitlines(keepends=True)
-                whole = [row for row in rows if row.endswith("\n")]
-                rows = [row for row in whole if int(row.split(",")[0]) <= self.state["step"]]
-                text = "".join([header, *rows]).encode()
-                write(path, lambda file, text=text: file.write(text))
-                self.read(path.name)
+            for path in self.path.glob("*.csv"):
+                if path.stat().st_size < (size := self.state["bytes"].get(path.name, 0)):
+                    raise ValueError(f"{path.name} has lost rows")
+                os.truncate(path, size)
+                if size:
+                    self.read(path.name)
+        self.ready = True
         return self.state
 
     def save(self, parts, **values):
         """Replace checkpoint.pt by the states of parts and by values, `step` among them."""
         for name, tensor in parts["nets"].state_dict().items():
             if not tensor.isfinite().all():
-                raise UserError(f"step {values['step']}: {name} has NaN or infinity{DIVERGED}")
+                raise UserError(f"step {values['step']}: {name} is not finite; try a smaller --lr")
         for name, part in parts.items():
-            values[name] = getattr(part, "state_dict", None) or part.get_state
-            values[name] = values[name]()
-        with writing(self.path, self.hint):
-            for file in self.files.values():
-                os.fsync(file.fileno())
-            write(self.path / "checkpoint.pt", lambda file: torch.save(values, file))
+            values[name] = (getattr(part, "state_dict", None) or part.get_state)()
+        values["bytes"] = {path.name: path.stat().st_size for path in self.path.glob("*.csv")}
+        torch.save(values, file := io.BytesIO())
+        write(self.path / "checkpoint.pt", file.getbuffer())
         self.saved_at = time.perf_counter()
 
     def log(self, name, **row):
         """Append a row to a CSV file, whose columns are the first row's. Losses must be finite."""
-        with writing(self.path, self.hint):
-            if not (self.path / name).exists():  # a file without its header could not be continued
-                write(self.path / name, lambda file: file.write((",".join(row) + "\n").encode()))
-            if name not in self.files:
-                self.files[name] = open(self.path / name, "a")
-            self.files[name].write(",".join(map(str, row.values())) + "\n")
-            self.files[name].flush()
+        with writing(self.path), open(self.path / name, "a") as file:
+            if not file.tell():
+                file.write(",".join(row) + "\n")
+            file.write(",".join(map(str, row.values())) + "\n")
         for key, value in row.items():
             if key.endswith("_loss") and not np.isfinite(value):
-                raise UserError(f"step {row['step']}: {key} is {value}{DIVERGED}")
+                raise UserError(f"step {row['step']}: {key} is {value}; try a smaller --lr")
 
     def progress(self, total, initial, unit):
         """The progress bar of a training that begins at `initial`."""
         bar = dict(unit=f" {unit}", dynamic_ncols=True, mininterval=1)
-        self.bars.append(tqdm(total=total, initial=initial, **bar))
-        return self.bars[-1]
+        self.bar = tqdm(total=total, initial=initial, **bar)
+        return self.bar
 
-    def check_q(self, step, q_min, q_max, bounds):
-        """Warn, once, when Q is outside its possible range by more than a tenth of that range."""
-        low, high = bounds
+    def check_q(self, row, rewards, discount):
+        """Warn, once, when Q leaves the range of returns by more than a tenth of that range."""
+        low, high = (x.item() / max(1 - discount, 1e-9) for x in rewards.aminmax())
+        low, high = min(low, 0), max(high, 0)
         slack = 0.1 * (high - low)
-        if not self.warned and not low - slack <= q_min <= q_max <= high + slack:
+        if not self.warned and not low - slack <= row["q_min"] <= row["q_max"] <= high + slack:
             self.warned = True
-            text = f"Q in [{q_min:.4g}, {q_max:.4g}], the rewards allow [{low:.4g}, {high:.4g}]"
-            tqdm.write(f"warning: update {step}: {text}", file=sys.stderr)
+            text = "warning: update {step}: Q in [{q_min:.4g}, {q_max:.4g}]".format(**row)
+            tqdm.write(f"{text}, the rewards allow [{low:.4g}, {high:.4g}]", file=sys.stderr)
 
     def read(self, name):
         """The columns of a CSV file: name -> array."""
@@ -676,7 +582,7 @@ class Run:
         """Print the score: the means of the last three evaluations."""
         with reading(self.path):
             rows = {k: v[-3:] for k, v in self.read("eval.csv").items()}
-        means = {k: rows[k].mean() for k in ("success", "return", "length")}
+            means = {k: rows[k].mean() for k in ("success", "return", "length")}
         text = ", ".join(f"{k} {v:.4g}" for k, v in means.items() if not np.isnan(v))
         print(f"mean of the last {len(rows['step'])} evaluations: {text}")
 
@@ -689,22 +595,18 @@ class Run:
         left, middle, right = figure.subplots(1, 3)
         rows = self.read("eval.csv")
         known = not np.isnan(rows["success"]).all()
-        left.plot(rows["step"], 100 * rows["success"] if known else rows["return"], "o-")
-        left.set(title="evaluation", ylabel="success (%)" if known else "return")
-        left.set_ylim((-3, 103) if known else None)
-        if (self.path / "train.csv").exists():
-            rows = self.read("train.csv")
-            for name in (name for name in rows if name.endswith("_loss")):
-                middle.plot(rows["step"], rows[name], linewidth=1, label=name.removesuffix("_loss"))
-            right.plot(rows["step"], rows["q_mean"], linewidth=1, label="mean")
-            right.fill_between(rows["step"], rows["q_min"], rows["q_max"], alpha=0.2, label="range")
-            middle.legend(), right.legend()
-        middle.set(title="losses")
+        y, label = (100 * rows["success"], "success (%)") if known else (rows["return"], "return")
+        left.plot(rows["step"], y, "o-", label=label)
+        rows = self.read("train.csv") if (self.path / "train.csv").exists() else {}
+        for name in rows:
+            if name.endswith("_loss") or name in ("q_min", "q_mean", "q_max"):
+                axes = middle if name.endswith("_loss") else right
+                axes.plot(rows["step"], rows[name], linewidth=1, label=name)
         middle.set_yscale("symlog", linthresh=1e-2)  # a policy's loss can be negative
-        right.set(title="Q in a batch")
-        for axes in (left, middle, right):
+        for axes in filter(lambda axes: axes.lines, (left, middle, right)):
             axes.set_xlabel(unit)
             axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
             axes.grid(alpha=0.3)
-        with writing(self.path, self.hint):
+            axes.legend()
+        with writing(self.path):
             figure.savefig(self.path / "curve.png")

@@ -29,11 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import gymnasium
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from gymnasium.vector import AutoresetMode
+from gymnasium.wrappers import RescaleAction
 
 import common
 
@@ -649,9 +651,17 @@ def train(args, device, envs, eval_envs, run):
     return nets
 
 
+def continuous_env(env_id):
+    """Gymnasium id -> function that makes it, with actions in [-1, 1]. Raises UserError."""
+    make = lambda **options: RescaleAction(gymnasium.make(env_id, **options), -1.0, 1.0)
+    with common.blame(f"--env {env_id}: cannot be used"), make() as env:
+        (_,), (_,) = env.observation_space.shape, env.action_space.shape  # vectors
+    return make
+
+
 def main():
     args = common.parse_args(Args, __doc__, SETTINGS)
-    make_env = common.continuous_env(args.env)
+    make_env = continuous_env(args.env)
     if args.learning_starts >= args.online_steps:
         what = f"--learning-starts {args.learning_starts}: nothing would be learned in"
         raise common.UserError(f"{what} --online-steps {args.online_steps}")

@@ -395,8 +395,7 @@ def train(args, dataset, envs, run):
 
     parts = dict(nets=nets, optimizer=optimizer, generator=generator)  # what a checkpoint keeps
     start = run.restore(parts)["step"]
-    q_bounds, shown = dataset.q_bounds(args.discount), {}
-    logged_step, logged_time = start, time.perf_counter()
+    logged_step, logged_time, shown = start, time.perf_counter(), {}
     progress = run.progress(args.offline_steps, start, "updates")
     for step in range(start + 1, args.offline_steps + 1):
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
@@ -405,10 +404,10 @@ def train(args, dataset, envs, run):
 
         evaluates = step % args.eval_interval == 0 or step == args.offline_steps
         if step % args.log_interval == 0 or evaluates:
-            row = {name: value.item() for name, value in metrics.items()}
+            row = dict(step=step, **{name: value.item() for name, value in metrics.items()})
             speed = (step - logged_step) / (time.perf_counter() - logged_time)
-            run.log("train.csv", step=step, **row, time_updates_per_s=round(speed, 1))
-            run.check_q(step, row["q_min"], row["q_max"], q_bounds)
+            run.log("train.csv", **row, time_updates_per_s=round(speed, 1))
+            run.check_q(row, dataset.rewards, args.discount)
             shown.update({k[:-5]: f"{v:.3g}" for k, v in row.items() if k.endswith("_loss")})
             progress.set_postfix(shown)
             logged_step, logged_time = step, time.perf_counter()

@@ -47,8 +47,8 @@ def main():
         envs.close()
 
         n = 10_000
-        obs, flags = np.zeros((n, obs_dim)), np.zeros(n)
-        data = common.Dataset(obs, np.zeros((n, action_dim)), obs, flags, flags, flags)
+        obs, flags = np.zeros((n, obs_dim)), np.arange(n) < n - 1
+        data = common.Dataset(obs, np.zeros((n, action_dim)), flags, flags, flags)
         size = sum(x.nbytes for x in vars(data).values() if isinstance(x, torch.Tensor)) / n / 1e3
         print(
             f"| {name.removesuffix('-v0')} | {obs_dim} | {action_dim} | {size:.2f} "

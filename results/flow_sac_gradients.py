@@ -26,7 +26,6 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
 import flow_sac  # noqa: E402
 
 POLICIES = ("flow-t", "flow-g", "naive")
@@ -74,7 +73,7 @@ def run_of(args, policy, k):
 
 def observations(count, seed=0):
     """What random actions see, the same for everyone: (count, O)."""
-    env = common.continuous_env("HalfCheetah-v5")()
+    env = flow_sac.continuous_env("HalfCheetah-v5")()
     env.action_space.seed(seed)
     rows = [env.reset(seed=seed)[0]]
     while len(rows) < count:

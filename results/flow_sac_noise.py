@@ -19,7 +19,7 @@ def main(folder: tyro.conf.Positional[Path], episodes: int = 50):
     """folder: a run of flow_sac.py; episodes: for each of the three."""
     torch.set_num_threads(1)
     nets, args = flow_sac.load(folder)
-    env = common.SeededReset(common.continuous_env(args.env)())
+    env = common.SeededReset(flow_sac.continuous_env(args.env)())
 
     def plain(obs, x0, eps):  # Euler steps of v alone
         obs, x, k = nets.policy.obs_norm(obs), x0, args.flow_steps

@@ -231,8 +231,8 @@ def test_what_a_run_may_change(finished, check, monkeypatch):
     changed = vars(common.parse_args(qflow.Args, "", qflow.SETTINGS))
     assert [changed[name] for name in free] == [9, 3, 1, 5, True]
     check("qflow", "--resume", finished, says=None)
-    check("qflow", "--resume", finished, "--offline-steps", 3, says=[finished])
     check("qflow", "--evaluate", finished, "--eval-episodes", 1, "--seed", 5, "--video", says=None)
+    check("qflow", "--resume", finished, "--offline-steps", 4, says=None)  # it has 4 already
     for flag, new, old in (("--lr", 1.0, 5e-4), ("--offline-steps", 9, 4), ("--hidden", 9, "8 8")):
         check("qflow", "--evaluate", finished, flag, new, says=[f"{flag} {new}", f"{flag} {old}"])
     check("qflow", "--evaluate", finished, "--resume", finished, says=["--evaluate", "--resume"])

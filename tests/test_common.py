@@ -2,6 +2,7 @@
 
 import json
 import re
+from unittest.mock import Mock
 
 import gymnasium
 import numpy as np
@@ -89,11 +90,21 @@ def random_dataset(rng, lengths=(1, 4, 2, 9, 1)):
     )
 
 
+def compact(observations, actions, next_observations, rewards, masks, terminals):
+    """Transitions in OGBench's compact layout: a row more per episode, for its last observation."""
+    ends = np.flatnonzero([*terminals[:-1], 1]) + 1
+    rows = dict(observations=observations, actions=actions, rewards=rewards, masks=masks)
+    rows = {k: np.insert(v, ends, 0, axis=0) for k, v in rows.items()}
+    rows["valids"] = np.insert(np.ones(len(actions)), ends, 0)
+    rows["observations"][rows["valids"] == 0] = next_observations[ends - 1]
+    return rows
+
+
 @pytest.mark.parametrize("horizon", [1, 2, 3, 7])
 def test_chunks_against_brute_force(horizon):
     for seed in range(20):
         data = random_dataset(np.random.default_rng(seed))
-        dataset = common.Dataset(**data)
+        dataset = common.Dataset(**compact(**data))
         n, discount = len(data["actions"]), 0.9
         batch = dataset.chunks(torch.arange(n - horizon + 1), horizon, discount)
         for i in range(n - horizon + 1):
@@ -115,7 +126,7 @@ def test_chunks_against_brute_force(horizon):
 
 
 def test_sample_draws_all_starts_equally_and_nothing_else():
-    dataset = common.Dataset(**random_dataset(np.random.default_rng(0)))
+    dataset = common.Dataset(**compact(**random_dataset(np.random.default_rng(0))))
     generator = torch.Generator().manual_seed(0)
     batch = dataset.sample(30_000, 3, 0.9, generator)
     firsts = dataset.observations[dataset.rows]
@@ -128,27 +139,28 @@ def test_sample_draws_all_starts_equally_and_nothing_else():
 def test_a_million_antmaze_transitions_fit_in_a_third_of_a_gigabyte():
     n, length = 100_000, 1000
     obs = np.zeros((n, 29), np.float32)
-    flags = (np.arange(n) % length == length - 1).astype(np.float32)
-    data = common.Dataset(obs, np.zeros((n, 8), np.float32), obs, flags, flags, flags)
+    valids = (np.arange(n) % length != length - 1).astype(np.float32)
+    data = common.Dataset(obs, np.zeros((n, 8), np.float32), valids, valids, valids)
     size = sum(t.nbytes for t in vars(data).values() if isinstance(t, torch.Tensor))
     assert size * 10 < 0.35e9
-    assert len(data.observations) == n + data.episodes == n + 100
+    assert len(data) + data.episodes == n and data.episodes == 100
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(rewards=np.zeros(3)), "rewards has shape"),
-        (dict(observations=np.zeros((17, 2))), "next_observations has shape (17, 3)"),
-        (dict(next_observations=np.zeros((16, 3))), "next_observations has shape"),
-        (dict(masks=np.full(17, np.nan)), "masks has NaN or infinity, first in row 0"),
-        (dict(actions=np.full((17, 2), 1.5)), "actions must be in [-1, 1], found 1.5"),
-        (dict(terminals=np.zeros(17)), "next_observations[0] is not observations[1]"),
+        (dict(rewards=np.zeros(3)), "lengths that differ"),
+        (dict(observations=np.zeros((21, 3))), "lengths that differ"),
+        (dict(masks=np.full(22, np.nan)), "NaN or infinity"),
+        (dict(actions=np.full((22, 2), 1.5)), "actions outside of [-1, 1]"),
+        (dict(valids=np.ones(22)), "no end in the last row"),
+        (dict(valids=np.zeros(22)), "no transitions"),
+        (dict(valids=np.zeros((0,))), "no transitions"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(change, words):
     with pytest.raises(ValueError, match=re.escape(words)):
-        common.Dataset(**{**random_dataset(np.random.default_rng(0)), **change})
+        common.Dataset(**{**compact(**random_dataset(np.random.default_rng(0))), **change})
 
 
 # ---------------------------------------------------------------------------------------- files
@@ -186,7 +198,6 @@ def test_loading_agrees_with_ogbench(collected):
         assert np.array_equal(getattr(batch, key), theirs[key]), key
     assert np.allclose(batch.actions, theirs["actions"], atol=1.1e-5)
     assert batch.actions.abs().max() < 1 and theirs["masks"].min() == 0
-    assert dataset.q_bounds(0.99) == pytest.approx((-100, 0))
 
 
 def damaged(source, target, damage):
@@ -208,16 +219,16 @@ def test_damaged_files_are_one_line_that_names_file_and_cause(collected, tmp_pat
         array[7] = np.nan
         return array
 
-    short, nan_rows = "wrong length", "NaN"
+    short, nan_rows = "no end in the last row", "NaN"
     cases = {
         "no_actions": (without("actions"), "has no actions"),
         "no_qpos": (without("qpos"), "has no qpos"),
-        "short_actions": (put("actions", lambda a: a[:-5]), "differ in length"),
-        "short_qpos": (put("qpos", lambda a: a[:-5]), "differ in length"),
+        "short_actions": (put("actions", lambda a: a[:-5]), "actions has the wrong length"),
+        "short_qpos": (put("qpos", lambda a: a[:-5]), "qpos has the wrong length"),
         "cut": (lambda a: a.update({k: v[:-1] for k, v in a.items() if v.ndim}), short),
         "no_end": (put("terminals", lambda a: np.zeros_like(a)), short),
         "all_ends": (put("terminals", lambda a: np.ones_like(a)), ""),
-        "flat": (put("observations", lambda a: a.ravel()), "differ in length"),
+        "flat": (put("observations", lambda a: a.ravel()), "wrong length"),
         "empty": (lambda a: a.update({k: v[:0] for k, v in a.items() if v.ndim}), ""),
         "nan": (put("observations", one_nan), nan_rows),
         "nan_qpos": (put("qpos", one_nan), nan_rows),
@@ -290,12 +301,12 @@ def test_sources_are_tried_in_order(collected, tmp_path, monkeypatch):
         == f"~/.ogbench/data/{NAME}.npz (official file)"
     )
     stitch, stitch_env = common.resolve_task("pointmaze-medium-stitch-v0")[1:]
-    fetch = lambda url, path: calls.append((url, path))  # the oracle does not collect these
-    monkeypatch.setattr(common, "download", fetch)
-    with pytest.raises(common.UserError, match="No such file"):
-        common.get_dataset(stitch, stitch_env, None, "", "cpu")
+    get = Mock(side_effect=common.requests.ConnectionError)  # the oracle does not collect these
+    monkeypatch.setattr(common.requests, "get", get)
+    monkeypatch.setattr(common.time, "sleep", Mock())
     url = "https://rail.eecs.berkeley.edu/datasets/ogbench/pointmaze-medium-stitch-v0.npz"
-    assert calls[1:] == [(url, official.with_name(f"{stitch}.npz"))]
+    with pytest.raises(common.UserError, match=f"{url}: download failed"):
+        common.get_dataset(stitch, stitch_env, None, "", "cpu")
     for path in (official.with_name("absent.npz"), kept.with_name("absent.npz")):
         with pytest.raises(common.UserError, match="No such file"):
             common.get_dataset(NAME, ENV_ID, path, "", "cpu")
@@ -353,17 +364,22 @@ def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
         run.log("train.csv", step=8, q_mean=0.0, critic_loss=0.0, policy_loss=float("-inf"))
     run.log("eval.csv", step=8, success=float("nan"), train_return=float("nan"))  # not known
     parts["nets"].bias.data[1] = float("nan")
-    with pytest.raises(common.UserError, match="step 9: bias has NaN"):
+    with pytest.raises(common.UserError, match="step 9: bias is not finite"):
         run.save(parts, step=9)
     assert torch.load(run.path / "checkpoint.pt", weights_only=True)["step"] == 1
 
 
 def test_warning_when_q_leaves_its_range_comes_once(tmp_path, capsys):
     run = common.Run(tmp_path, "x", {})
-    run.check_q(10, -109, 9, (-100, 0))
+    check = lambda step, low, high, rewards=(-1.0, 0.0): run.check_q(
+        dict(step=step, q_min=low, q_max=high), torch.tensor(rewards), 0.99
+    )
+    check(10, -109, 9)
+    check(10, -109, 9, (-1.0, -0.5))  # a solved task is worth 0
+    check(10, -9, 109, (0.5, 1.0))
     assert capsys.readouterr().err == ""
-    run.check_q(20, -50, 11, (-100, 0))
-    run.check_q(30, -50, 12, (-100, 0))
+    check(20, -50, 11)
+    check(30, -50, 12)
     err = capsys.readouterr().err
     assert err.count("warning") == 1 and "update 20" in err and "[-100, 0]" in err
 

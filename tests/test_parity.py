@@ -160,9 +160,19 @@ def replay_fql(config, arrays):
     replay_updates(arrays, config, nets, args, fql, draws, lambda *unused: None, losses)
 
 
+def compact(observations, actions, next_observations, rewards, masks, terminals):
+    """Transitions in OGBench's compact layout: a row more per episode, for its last observation."""
+    ends = np.flatnonzero([*terminals[:-1], 1]) + 1
+    rows = dict(observations=observations, actions=actions, rewards=rewards, masks=masks)
+    rows = {k: np.insert(v, ends, 0, axis=0) for k, v in rows.items()}
+    rows["valids"] = np.insert(np.ones(len(actions)), ends, 0)
+    rows["observations"][rows["valids"] == 0] = next_observations[ends - 1]
+    return rows
+
+
 def replay_sequences(config, arrays):
     data = {k.removeprefix("dataset/"): v for k, v in arrays.items() if k.startswith("dataset/")}
-    dataset = common.Dataset(**data)
+    dataset = common.Dataset(**compact(**data))
     starts = torch.arange(len(dataset) - config["horizon"] + 1)
     assert starts.tolist() == arrays["starts"].tolist()
     batch = dataset.chunks(starts, config["horizon"], config["discount"])

@@ -316,8 +316,8 @@ def test_cuda_computes_the_same_and_never_waits():
         assert torch.allclose(a, b.cpu(), atol=1e-5)
 
     obs = np.zeros((100, 4), np.float32)
-    flags = np.zeros(100)
-    dataset = common.Dataset(obs, np.zeros((100, 3)), obs, flags, flags, flags, device="cuda")
+    flags = (np.arange(100) < 99).astype(np.float32)
+    dataset = common.Dataset(obs, np.zeros((100, 3)), flags, flags, flags, device="cuda")
     generator = torch.Generator("cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:

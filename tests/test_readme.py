@@ -54,7 +54,7 @@ def test_the_commands_parse(monkeypatch):
             if module in OFFLINE.values():
                 common.resolve_task(args.env, args.task)
             else:
-                common.continuous_env(args.env)
+                module.continuous_env(args.env)
 
 
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)

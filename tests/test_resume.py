@@ -153,19 +153,21 @@ def test_a_full_disk_leaves_the_last_checkpoint(home, whole, tmp_path):
     process = start(home, "fql.py", "--resume", folder, "--offline-steps", "130", preexec_fn=limit)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 2 and "Traceback" not in err
-    assert "File too large" in err and f"--resume {folder}" in err.splitlines()[-1]
+    hint, error = err.splitlines()[-2:]
+    assert "File too large" in error and f"--resume {folder} " in hint
     assert (folder / "checkpoint.pt").read_bytes() == before
     assert not list(folder.glob(".*.tmp"))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_a_row_that_does_not_fit_on_the_disk_is_an_error_not_a_gap(tmp_path):
+def test_a_row_that_does_not_fit_on_the_disk_is_an_error_not_a_gap(tmp_path, capsys):
     run = common.Run(tmp_path, "x", {})
-    (run.path / "train.csv").symlink_to("/dev/full")
+    run.restore({})
     run.save(dict(nets=torch.nn.Linear(1, 1)), step=0)
-    with pytest.raises(common.UserError, match="No space left") as e, run:
+    (run.path / "train.csv").symlink_to("/dev/full")
+    with pytest.raises(common.UserError, match=f"{run.path}: .*No space left"), run:
         run.log("train.csv", step=1, critic_loss=0.5)
-    assert f"--resume {run.path}" in str(e.value)
+    assert f"--resume {run.path} " in capsys.readouterr().err
 
 
 def test_nan_stops_within_a_log_interval_and_keeps_the_last_good_checkpoint(home, tmp_path):

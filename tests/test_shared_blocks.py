@@ -20,7 +20,14 @@ OWN = {
     "fql": {"OneStep", "flow_loss"},
     "flow_sac": {"lecun_normal_", "Linear", "mlp", "BatchRenorm", "NaiveVelocity", "LogSigma"}
     | {"GatedVelocity", "DecoderLayer", "DecodedVelocity", "Policy", "explore"}
-    | {"Batch", "make_optimizers", "update_critic", "update_policy", "ReplayBuffer"},
+    | {
+        "Batch",
+        "make_optimizers",
+        "update_critic",
+        "update_policy",
+        "ReplayBuffer",
+        "continuous_env",
+    },
 }
 # Flags: how many are declared as in qflow.py, and which have its name but another default or unit.
 SHARED = {
