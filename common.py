@@ -597,6 +597,7 @@ class Run:
         known = not np.isnan(rows["success"]).all()
         y, label = (100 * rows["success"], "success (%)") if known else (rows["return"], "return")
         left.plot(rows["step"], y, "o-", label=label)
+        left.set_ylim((-3, 103) if known else None)
         rows = self.read("train.csv") if (self.path / "train.csv").exists() else {}
         for name in rows:
             if name.endswith("_loss") or name in ("q_min", "q_mean", "q_max"):

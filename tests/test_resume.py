@@ -26,7 +26,7 @@ ONLINE = f"--online-steps 900 --eval-interval 150 --learning-starts 150 {SMALL}"
 RUNS = {
     "qflow.py": [*OFFLINE, "--time-dim", "4"],
     "fql.py": OFFLINE,
-    "flow_sac.py": [*ONLINE, "--num-envs", "2", "--policy-width", "8"],
+    "flow_sac.py": [*ONLINE, *"--env Hopper-v5 --num-envs 2 --policy-width 8".split()],
 }
 
 
@@ -126,6 +126,28 @@ def test_killed_again_and_again_it_computes_the_same(script, signals, home, whol
     assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
 
 
+def test_a_checkpoint_every_five_minutes_whatever_the_interval(home, whole, tmp_path):
+    hasty = """if True:
+        import itertools, os, sys, time
+        time.perf_counter = itertools.count(0, 23).__next__
+        import common, qflow
+        save = common.Run.save
+        common.Run.save = lambda *args, **values: (save(*args, **values), os._exit(9))
+        sys.argv[0] = "qflow.py"
+        common.cli(qflow.main)
+    """
+    words = sys.executable, "-c", hasty, *RUNS["qflow.py"], "--run-dir", str(tmp_path)
+    path = {"HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.run(words, env={**os.environ, **path}, capture_output=True, timeout=100)
+    assert process.returncode == 9, process.stderr
+    (folder,) = tmp_path.iterdir()
+    step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
+    assert 7 < step < 300 / 23 and not (folder / "eval.csv").exists()
+    finish(start(home, "qflow.py", "--resume", folder))
+    for name in ("train.csv", "eval.csv"):
+        assert rows(folder, name) == rows(whole["qflow.py"], name), name
+
+
 @pytest.mark.parametrize("script", RUNS)
 def test_steps_may_be_added_and_intervals_changed(script, home, whole, tmp_path):
     folder = tmp_path / "run"
@@ -194,6 +216,16 @@ def test_evaluate_prints_intervals(home, whole):
     assert lines[1:] == ["return -1000 (95 %: -1000 to -1000)", "length 1000 (95 %: 1000 to 1000)"]
 
 
+def test_without_a_way_to_render_the_figures_come_all_the_same(home, whole, monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "glfw")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    flags = "--evaluate", whole["fql.py"], "--eval-episodes", "2", "--video"
+    out, err = (process := start(home, "fql.py", *flags)).communicate(timeout=100)
+    assert process.returncode == 0 and "length 1000 (95 %: 1000 to 1000)" in out
+    assert "--video: cannot render, which needs EGL or OSMesa" in err and "Traceback" not in err
+    assert not list(whole["fql.py"].glob("*.gif"))
+
+
 def test_film_is_a_picture_of_every_eighth_step_or_a_line_that_says_why_not(
     home, whole, tmp_path, monkeypatch, capsys
 ):
@@ -221,7 +253,7 @@ def test_film_is_a_picture_of_every_eighth_step_or_a_line_that_says_why_not(
 @pytest.mark.parametrize("module", [qflow, fql, flow_sac])
 def test_loaded_networks_act_as_the_trained_ones(module, whole):
     nets, args = module.load(whole[f"{module.__name__}.py"])
-    sizes, shape = ((3, 1), (5, 1, 1)) if module is flow_sac else ((2, 4), (5, 2, 2))
+    sizes, shape = ((11, 3), (5, 1, 3)) if module is flow_sac else ((2, 4), (5, 2, 2))
     assert args.seed == 3 and args.hidden == (16, 16) and nets.sizes == sizes
     obs = np.random.default_rng(0).normal(size=(5, sizes[0]))
     x0 = torch.randn(5, sizes[1], generator=torch.Generator().manual_seed(0))
