@@ -40,8 +40,8 @@ class Args:
     """torch threads"""
     compile: bool = False
     """compile the losses"""
-    matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    """torch.set_float32_matmul_precision"""
+    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
+    """as in the scripts"""
     seconds: float = 10.0
     """how long to measure each of the two"""
 
@@ -82,9 +82,9 @@ def main():
     args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
     method = importlib.import_module(args.method)
     torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(0)
     device = common.pick_device(args.device)
+    common.tune_torch(args.matmul_precision, device)
     settings = method.Args(
         hidden=(args.hidden,) * 4, batch_size=args.batch_size, flow_steps=args.flow_steps
     )

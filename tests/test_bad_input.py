@@ -87,7 +87,7 @@ ROWS = {  # flag -> mistakes, and values that are none
     "online_steps": ([*COUNT[0], 1000], [1001, 10**6]),
     "learning_starts": ([*COUNT[0], 15000], [1, 14999]),
     "run_dir": ([], ["", "x"]),
-    "matmul_precision": (CHOICE, ["highest", "high", "medium"]),
+    "matmul_precision": (CHOICE, ["auto", "highest", "high", "medium"]),
 }
 FLAGS = [(script, name) for script in SCRIPTS for name in vars(SCRIPTS[script].Args())]
 

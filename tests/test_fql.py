@@ -28,8 +28,9 @@ def make(batch_size=16, obs_dim=4, action_dim=3, horizon=1, **kwargs):
 
 def test_each_loss_trains_its_own_network_only():
     args, nets, batch, draws = make()
+    target = lambda: fql.critic_target(nets, batch, draws.next_z, args)
     losses = {
-        "critic": lambda: fql.critic_loss(nets, batch, draws.next_z, args)[0],
+        "critic": lambda: fql.critic_loss(nets, batch, target())[0],
         "velocity": lambda: fql.flow_loss(nets, batch, draws.flow_x0, draws.flow_t)[0],
         "one_step": lambda: fql.policy_loss(nets, batch, draws.policy_z, args)[0],
     }
@@ -83,9 +84,10 @@ def test_of_a_chunk_the_valid_actions_are_cloned_and_whole_chunks_train_the_crit
     expected = (valid.repeat_interleave(3, dim=1) * error**2).mean()
     assert torch.allclose(fql.flow_loss(nets, cut, draws.flow_x0, draws.flow_t)[0], expected)
 
-    loss, _ = fql.critic_loss(nets, cut, draws.next_z, args)
+    target = fql.critic_target(nets, cut, draws.next_z, args)
+    loss, _ = fql.critic_loss(nets, cut, target)
     whole = common.Batch(*(x[8:] for x in batch))
-    alone, _ = fql.critic_loss(nets, whole, draws.next_z[8:], args)
+    alone, _ = fql.critic_loss(nets, whole, target[8:])
     assert torch.allclose(loss, alone / 2)
     both = [fql.policy_loss(nets, b, draws.policy_z, args)[0] for b in (batch, cut)]
     assert torch.equal(*both)

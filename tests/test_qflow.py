@@ -99,9 +99,11 @@ def test_rollout_from_any_time_ends_at_one_and_is_clipped():
 
 def test_each_loss_trains_its_own_network_only():
     args, nets, batch, draws = make()
+    xt, t = draws.value_x0, draws.value_t
+    targets = lambda: qflow.targets(nets, batch, draws.next_x0, xt, t, args)
     losses = {
-        "critic": lambda: qflow.critic_loss(nets, batch, draws.next_x0, args)[0],
-        "value": lambda: qflow.value_loss(nets, batch, draws.value_x0, draws.value_t, args)[0],
+        "critic": lambda: qflow.critic_loss(nets, batch, targets()[0])[0],
+        "value": lambda: qflow.value_loss(nets, batch, xt, t, targets()[1], args)[0],
         "velocity": lambda: qflow.policy_loss(nets, batch, *draws[3:], args)[0],
     }
     for own, loss in losses.items():
@@ -139,10 +141,37 @@ def test_chunks_cut_short_by_the_episodes_end_do_not_count():
 
 def test_chunks_bootstrap_with_the_discount_of_their_length():
     args, nets, batch, draws = make(horizon=3, discount=0.9)
-    target = qflow.critic_target(nets, batch, draws.next_x0, args)
+    xt, t = draws.value_x0, draws.value_t
+    target, _ = qflow.targets(nets, batch, draws.next_x0, xt, t, args)
     a = qflow.sample_actions(nets, batch.next_observations, draws.next_x0, args)
     q = nets.target_critic(batch.next_observations, a).mean(0)
-    assert torch.allclose(target, batch.rewards + 0.9**3 * batch.masks * q)
+    assert torch.allclose(target, batch.rewards + 0.9**3 * batch.masks * q, atol=1e-6)
+
+
+def test_one_rollout_for_both_targets_is_two_rollouts():
+    for q_agg in ("mean", "min"):
+        args, nets, batch, draws = make(q_agg=q_agg)
+        xt, t, s = draws.value_x0, draws.value_t, batch.observations
+        both = qflow.targets(nets, batch, draws.next_x0, xt, t, args)
+        with torch.no_grad():
+            a = qflow.sample_actions(nets, batch.next_observations, draws.next_x0, args)
+            next_q = qflow.aggregate(nets.target_critic(batch.next_observations, a), q_agg)
+            x1 = qflow.rollout(nets.velocity, s, xt, t, args.flow_steps)
+            alone = qflow.aggregate(nets.target_critic(s, x1), q_agg)
+        td = batch.rewards + args.discount * batch.masks * next_q
+        assert torch.allclose(both[0], td, atol=1e-6) and torch.allclose(both[1], alone, atol=1e-6)
+
+
+def test_gelu_is_the_same_with_and_without_gradients():
+    x = torch.linspace(-30, 30, 4001, dtype=torch.float64)
+    for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
+        y = x.to(dtype, copy=True)
+        with torch.no_grad():
+            fast = qflow.GELU()(y)
+        assert torch.equal(y, x.to(dtype)) and fast.dtype == dtype
+        assert torch.allclose(fast, qflow.GELU()(y), rtol=tolerance, atol=tolerance)
+        exact = torch.nn.functional.gelu(x, approximate="tanh")
+        assert torch.allclose(fast.double(), exact, rtol=tolerance, atol=tolerance)
 
 
 def test_the_loss_traces_into_one_graph_and_computes_the_same():

@@ -12,12 +12,12 @@ DIFFER = {
     | {"sample_actions", "Draws", "draw", "critic_loss", "policy_loss", "act", "train"},
 }
 ABSENT = {
-    "fql": {"Value", "value_target", "guidance", "value_loss"},
-    "flow_sac": {"EnsembleLayerNorm", "MLP", "Velocity", "Value", "aggregate", "critic_target"}
-    | {"value_target", "guidance", "value_loss", "total_loss", "make_optimizer", "update"},
+    "fql": {"Value", "targets", "guidance", "value_loss"},
+    "flow_sac": {"EnsembleLayerNorm", "GELU", "MLP", "Velocity", "Value", "aggregate"}
+    | {"targets", "guidance", "value_loss", "total_loss", "make_optimizer", "update"},
 }
 OWN = {
-    "fql": {"OneStep", "flow_loss"},
+    "fql": {"OneStep", "flow_loss", "critic_target"},
     "flow_sac": {"lecun_normal_", "Linear", "mlp", "BatchRenorm", "NaiveVelocity", "LogSigma"}
     | {"GatedVelocity", "DecoderLayer", "DecodedVelocity", "Policy", "explore"}
     | {
