@@ -39,7 +39,7 @@ class Args:
     threads: int = 1
     """torch threads"""
     compile: bool = False
-    """compile the losses"""
+    """as in the scripts"""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
     """as in the scripts"""
     seconds: float = 10.0
@@ -90,7 +90,7 @@ def main():
     )
     nets = method.Networks(29, 8, settings).to(device)
     optimizer = method.make_optimizer(nets, settings)
-    loss = method.total_loss
+    loss, generator = method.total_loss, torch.Generator(device)
     n = args.batch_size
     obs, next_obs = torch.randn(2, n, 29, device=device)
     actions = torch.rand(n, 8, device=device) * 2 - 1
@@ -98,11 +98,14 @@ def main():
     batch = common.Batch(obs, actions, -ones, ones, next_obs, ones[:, None])
 
     def update():
-        draws = method.draw(batch.actions, None)
+        draws = method.draw(batch.actions, generator)
         return method.update(nets, optimizer, batch, draws, settings, loss)
 
+    plain_update = update
     if args.compile:
         loss = torch.compile(method.total_loss, fullgraph=True)
+        if device.type == "cuda":
+            update = method.capture(update, generator)
     start = time.perf_counter()
     update()
     first = time.perf_counter() - start
@@ -114,7 +117,7 @@ def main():
 
     loss = method.total_loss
     with RecordProducts() as record:
-        update()
+        plain_update()
     flop = sum(2 * a.numel() * b.shape[-1] for a, b in record.operands)
     outs = [torch.matmul(a, b) for a, b in record.operands]
 

@@ -3,6 +3,7 @@
 import copy
 import csv
 import types
+from unittest.mock import MagicMock
 
 import gymnasium
 import numpy as np
@@ -328,6 +329,17 @@ def test_the_same_seed_gives_the_same_curve(tmp_path):
     assert state["step"] == 25 and {"nets", "optimizer"} < set(state)
     for name, value in nets.state_dict().items():
         assert torch.equal(state["nets"][name], value)
+
+
+def test_capture_runs_three_times_records_once_and_then_replays(monkeypatch):
+    for name in ("CUDAGraph", "Stream", "current_stream", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    ran, graph, generator = [], torch.cuda.CUDAGraph.return_value, object()
+    captured = qflow.capture(lambda: ran.append(graph.replay.call_count) or len(ran), generator)
+    assert [captured() for _ in range(7)] == [1, 2, 3, 4, 4, 4, 4]
+    assert ran == [0, 0, 0, 0] and graph.replay.call_count == 4
+    graph.register_generator_state.assert_called_once_with(generator)
+    torch.cuda.graph.assert_called_once_with(graph)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

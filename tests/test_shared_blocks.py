@@ -14,7 +14,7 @@ DIFFER = {
 ABSENT = {
     "fql": {"Value", "targets", "guidance", "value_loss"},
     "flow_sac": {"EnsembleLayerNorm", "GELU", "MLP", "Velocity", "Value", "aggregate"}
-    | {"targets", "guidance", "value_loss", "total_loss", "make_optimizer", "update"},
+    | {"capture", "targets", "guidance", "value_loss", "total_loss", "make_optimizer", "update"},
 }
 OWN = {
     "fql": {"OneStep", "flow_loss", "critic_target"},

@@ -1,0 +1,43 @@
+"""An update as it is written, compiled, and as a CUDA graph: the same 50 updates."""
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import fql
+import qflow
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.mark.parametrize("method", [qflow, fql])
+def test_compiled_and_captured_updates_are_the_plain_ones(method):
+    rng, n = np.random.default_rng(0), 1000
+    obs, actions = rng.normal(size=(n, 4)), rng.uniform(-1, 1, (n, 3))
+    valids = (np.arange(n) % 100 < 99).astype(np.float32)
+    dataset = common.Dataset(obs, actions, -valids, valids, valids, device="cuda")
+    common.tune_torch("highest", torch.device("cuda"))
+    args = method.Args(hidden=(64, 64), horizon=2, batch_size=64)
+
+    def run(compiled, captured):
+        torch.manual_seed(0)
+        nets = method.Networks(4, 6, args).cuda()
+        optimizer = method.make_optimizer(nets, args)
+        generator = torch.Generator("cuda").manual_seed(0)
+        loss = torch.compile(method.total_loss, fullgraph=True) if compiled else method.total_loss
+
+        def update():
+            batch = dataset.sample(64, 2, 0.99, generator)
+            draws = method.draw(batch.actions, generator)
+            return method.update(nets, optimizer, batch, draws, args, loss)
+
+        update = method.capture(update, generator) if captured else update
+        losses = [torch.stack(list(update().values())).cpu() for _ in range(50)]
+        return torch.stack(losses), torch.cat([p.flatten() for p in nets.parameters()]).cpu()
+
+    plain = run(False, False)
+    for other in (run(True, False), run(False, True), run(True, True)):
+        for expected, found in zip(plain, other):
+            assert torch.allclose(expected, found, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(plain[0][3], plain[0][49])  # each update has draws of its own
