@@ -169,6 +169,8 @@ def tune_torch(matmul_precision, device):
     On a CPU torch takes oneDNN's products, up to twice as fast as MKL's, for "medium" only. They
     are float32 where the CPU has nothing better for bfloat16; whether it has, a product shows.
     """
+    if device.index:  # streams and graphs are made on the current device
+        torch.cuda.set_device(device)
     auto = "high" if device.type == "cuda" else "medium"
     torch.set_float32_matmul_precision(auto if matmul_precision == "auto" else matmul_precision)
     if matmul_precision == "auto" and device.type == "cpu":

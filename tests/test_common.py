@@ -407,3 +407,29 @@ def test_episodes_follow_from_the_seed_alone(maze):
     assert len(np.unique(starts, axis=0)) == 6
     if maze == "teleport":
         assert np.abs(np.diff(first, axis=0)).max(2)[:249].max() > 3  # somebody was teleported
+
+
+# ---------------------------------------------------------------------------------------- torch
+
+
+def test_auto_takes_fast_products_only_where_they_are_float32(monkeypatch):
+    cpu, product = torch.device("cpu"), torch.Tensor.__matmul__
+    try:
+        common.tune_torch("auto", cpu)
+        x, y = torch.randn(2, 256, 512), torch.randn(2, 512, 256)
+        for a, b in ((x, y), (x[0], y[0]), (y.transpose(1, 2), x.transpose(1, 2))):
+            exact = a.double() @ b.double()
+            assert (a @ b - exact).norm() < 1e-6 * exact.norm()
+
+        def coarse(a, b):  # as where "medium" is bfloat16
+            narrow = a.dtype is torch.float32 and torch.get_float32_matmul_precision() == "medium"
+            return product(a.bfloat16(), b.bfloat16()).float() if narrow else product(a, b)
+
+        monkeypatch.setattr(torch.Tensor, "__matmul__", coarse)
+        common.tune_torch("auto", cpu)
+        assert torch.get_float32_matmul_precision() == "highest"
+        for name in ("medium", "high", "highest"):
+            common.tune_torch(name, cpu)
+            assert torch.get_float32_matmul_precision() == name
+    finally:
+        torch.set_float32_matmul_precision("highest")
