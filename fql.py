@@ -93,7 +93,7 @@ class Args:
 SETTINGS = {
     "pointmaze": dict(
         **dict(alpha=16.0, q_agg="min", discount=0.996, horizon=2, flow_steps=5),
-        **dict(offline_steps=25_000, eval_interval=2_500, lr=1.5e-3, tau=0.07, hidden=(128,) * 4),
+        **dict(offline_steps=38_000, eval_interval=3_800, lr=1.5e-3, tau=0.07, hidden=(128,) * 4),
     ),
     "antmaze-large-navigate": dict(alpha=10.0, q_agg="min", discount=0.99),
     "antmaze-giant-navigate": dict(alpha=10.0, q_agg="min", discount=0.995),
