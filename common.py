@@ -16,7 +16,6 @@ import textwrap
 import time
 import warnings
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager, redirect_stderr, suppress
 from ctypes.util import find_library
 from importlib.metadata import version
@@ -34,7 +33,7 @@ import ogbench.online_locomotion  # registers online-ant-v0 and relatives
 import requests
 import torch
 import tyro
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from ogbench.relabel_utils import relabel_dataset
 from tqdm import tqdm
@@ -128,7 +127,7 @@ def parse_args(args_type, doc, settings):
     limits.update(dict.fromkeys("hidden batch_size time_dim num_envs".split(), (1, 1e6)))
     for name, value in vars(args).items():
         said = " ".join(flags({name: value})) or f"no {name}"
-        low, high = limits.get(name, (1e-12, 1e12))
+        low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e12))
         numbers = [x for x in np.ravel(value) if type(value) in (int, float, tuple)]
         if value == () or not all(low <= x <= high for x in numbers):
             raise UserError(f"{said}: must be from {low:g} to {high:g}")
@@ -157,9 +156,9 @@ def pick_device(name, compile=False):
     name = name if name != "auto" else "cuda" if count else "cpu"
     if name not in ["cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]:
         raise UserError(f"--device {name}: must be cpu or one of the {count} CUDA devices found")
-    compilers = os.environ.get("CXX", "g++"), "g++", "clang++"
-    if compile and name == "cpu" and not any(map(shutil.which, compilers)):
-        raise UserError("--compile: no C++ compiler found (g++, clang++ or $CXX)")
+    compilers = ("g++", "clang++", "$CXX") if name == "cpu" else ("gcc", "clang", "$CC")
+    if compile and not any(shutil.which(os.path.expandvars(x)) for x in compilers):
+        raise UserError(f"--compile: no compiler found ({', '.join(compilers)})")
     return torch.device(name)
 
 
@@ -167,7 +166,7 @@ def tune_torch(matmul_precision, device):
     """torch.set_float32_matmul_precision, where "auto" is TF32 on CUDA, fast float32 on a CPU.
 
     On a CPU torch takes oneDNN's products, up to twice as fast as MKL's, for "medium" only. They
-    are float32 where the CPU has nothing better for bfloat16; whether it has, a product shows.
+    are float32 where the CPU has no units for bfloat16: the product of two matrices shows it.
     """
     if device.index:  # streams and graphs are made on the current device
         torch.cuda.set_device(device)
@@ -232,12 +231,18 @@ class SeededReset(gymnasium.Wrapper):
         return *result, {k: info[k] for k in ("success",) if k in info}
 
 
+def quiet(on_term):
+    """In a worker process: signals are for the main process, which ends this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, on_term)
+
+
 def make_envs(env, num_envs):
     """`num_envs` copies of a Gymnasium id, or of what a function makes, a process each."""
 
     def start():
         if multiprocessing.parent_process():
-            os.setpgrp()  # signals from a terminal are for the main process, which ends this one
+            quiet(signal.SIG_IGN)
         return SeededReset(env() if callable(env) else gymnasium.make(env))
 
     envs = AsyncVectorEnv([start] * num_envs, **SAME_STEP)
@@ -273,11 +278,11 @@ def report(evaluate, policy, env, args):
             film = make(render_mode="rgb_array")
             with closing(SyncVectorEnv([lambda: SeededReset(film)], **SAME_STEP)) as envs:
                 evaluate(filmed, envs, 3, *play)
-            path = args.evaluate / "evaluation.gif"
-            write(path, imageio.mimsave("<bytes>", pictures, "GIF", loop=0))
-            print(f"three episodes, a picture every {every * play[0]} steps: {path}")
         except Exception as e:  # whatever a missing library raises
-            print(f"--video: cannot render, which needs EGL or OSMesa: {e!r}", file=sys.stderr)
+            return print(f"--video: cannot render, needs EGL or OSMesa: {e!r}", file=sys.stderr)
+        path = args.evaluate / "evaluation.gif"
+        write(path, imageio.mimsave("<bytes>", pictures, "GIF", loop=0))
+        print(f"three episodes, a picture every {every * play[0]} steps: {path}")
 
 
 class Batch(NamedTuple):
@@ -443,8 +448,8 @@ def collect_pointmaze(name, path, episodes=300, workers=None, seed=0):
     """Write a pointmaze-*-navigate dataset to `path`, the same one for any number of workers."""
     steps = 2001 if "giant" in name else 1001
     jobs = [(name.replace("-navigate", ""), steps, [seed, i]) for i in range(episodes)]
-    with ProcessPoolExecutor(workers, initializer=os.setpgrp) as pool:
-        results = pool.map(collect_episode, jobs)
+    with multiprocessing.Pool(workers, quiet, (signal.SIG_DFL,)) as pool:
+        results = pool.imap(collect_episode, jobs)
         parts = list(tqdm(results, f"collecting {name}", episodes, unit=" episodes"))
     data = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
     source = f"collected by OGBench's protocol, {episodes} episodes, seed {seed}; not official"
@@ -513,7 +518,7 @@ class Run:
         versions["python"] = sys.version.split()[0]
         extra = dict(versions=versions, threads=torch.get_num_threads(), commit=commit())
         config = json.loads(json.dumps({**config, **extra}, default=str))
-        with writing(self.path):
+        with writing(self.path), blame(f"{self.path}: another process writes there", Timeout):
             self.path.mkdir(parents=True, exist_ok=bool(resume))
             self.lock.acquire()  # before anything is read: somebody may be writing it
         with reading(self.path):
@@ -540,18 +545,20 @@ class Run:
     def restore(self, parts):
         """Put the states of the checkpoint into parts (name -> what has a state), if there is one.
 
-        Returns what else the checkpoint has: step, 0 in a new run. Drops rows logged after it.
+        Returns what else the checkpoint has: step, 0 in a new run. Drops rows logged after the
+        checkpoint.
         """
         with reading(self.path):
             for name, part in parts.items() if self.state["step"] else ():
                 load = getattr(part, "load_state_dict", None) or part.set_state
                 load(self.state.pop(name))
-            for path in self.path.glob("*.csv"):
-                if path.stat().st_size < (size := self.state["bytes"].get(path.name, 0)):
-                    raise ValueError(f"{path.name} has lost rows")
-                os.truncate(path, size)
+            sizes = {path.name: 0 for path in self.path.glob("*.csv")} | self.state.get("bytes", {})
+            for name, size in sizes.items():
+                if (self.path / name).stat().st_size < size:
+                    raise ValueError(f"{name} has lost rows")
+                os.truncate(self.path / name, size)
                 if size:
-                    self.read(path.name)
+                    self.read(name)
         self.ready = True
         return self.state
 
@@ -559,7 +566,9 @@ class Run:
         """Replace checkpoint.pt by the states of parts and by values, `step` among them."""
         for name, tensor in parts["nets"].state_dict().items():
             if not tensor.isfinite().all():
-                raise UserError(f"step {values['step']}: {name} is not finite; try a smaller --lr")
+                raise UserError(
+                    f"step {values['step']}: {name} is not finite: a new run needs a smaller --lr"
+                )
         for name, part in parts.items():
             values[name] = (getattr(part, "state_dict", None) or part.get_state)()
         values["bytes"] = {path.name: path.stat().st_size for path in self.path.glob("*.csv")}
@@ -573,14 +582,18 @@ class Run:
             if not file.tell():
                 file.write(",".join(row) + "\n")
             file.write(",".join(map(str, row.values())) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint may rely on this row
         for key, value in row.items():
             if key.endswith("_loss") and not np.isfinite(value):
-                raise UserError(f"step {row['step']}: {key} is {value}; try a smaller --lr")
+                raise UserError(
+                    f"step {row['step']}: {key} is {value}: a new run needs a smaller --lr"
+                )
 
     def progress(self, total, initial, unit):
         """The progress bar of a training that begins at `initial`."""
-        bar = dict(unit=f" {unit}", dynamic_ncols=True, mininterval=1)
-        self.bar = tqdm(total=total, initial=initial, **bar)
+        options = dict(unit=f" {unit}", dynamic_ncols=True, mininterval=1)
+        self.bar = tqdm(total=total, initial=initial, **options)
         return self.bar
 
     def check_q(self, row, rewards, discount):

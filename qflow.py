@@ -139,7 +139,7 @@ class EnsembleLayerNorm(nn.Module):
 
 
 class GELU(nn.Module):
-    """GELU by tanh; without gradients as x * sigmoid(2u), the same number, much sooner on CPUs."""
+    """tanh's GELU; on CPUs, without gradients or compiled, as x * sigmoid(2u): the same, sooner."""
 
     def forward(self, x):
         if x.is_cuda or torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -393,8 +393,8 @@ def evaluate(policy, envs, episodes, horizon, seed):
 def capture(function, generator):
     """`function` as a CUDA graph: from the fourth call on its kernels run without any Python.
 
-    It takes nothing, never waits for the device and draws from `generator`. What it returns is
-    overwritten by the next call.
+    `function` must take no arguments, must never wait for the device, and may draw from `generator`
+    only. What the result holds is overwritten by the next call.
     """
     graph, stream, calls, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
     graph.register_generator_state(generator)
@@ -409,7 +409,7 @@ def capture(function, generator):
             torch.cuda.current_stream().wait_stream(stream)
             return result
         if calls == 4:
-            with torch.cuda.graph(graph):  # records, runs nothing
+            with torch.cuda.graph(graph, stream=stream):  # records, runs nothing
                 result = function()
         graph.replay()
         return result

@@ -116,7 +116,7 @@ def test_command_lines(check, monkeypatch):
     check("qflow", "--env", "scene-play-singletask-task2-v0", "--task", 3, says=["--task 3"])
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
-    check("fql", "--device", "cpu", "--compile", says=["--compile: no C++ compiler"])
+    check("fql", "--device", "cpu", "--compile", says=["--compile: no compiler found"])
     monkeypatch.setattr(sys, "argv", "qflow.py --lr nan --lr 2 --hidden 9 9 --hidden 8".split())
     args = common.parse_args(qflow.Args, "", qflow.SETTINGS)
     assert args.lr == 2 and args.hidden == (8,)  # the last of a repeated flag counts

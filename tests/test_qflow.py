@@ -339,7 +339,7 @@ def test_capture_runs_three_times_records_once_and_then_replays(monkeypatch):
     assert [captured() for _ in range(7)] == [1, 2, 3, 4, 4, 4, 4]
     assert ran == [0, 0, 0, 0] and graph.replay.call_count == 4
     graph.register_generator_state.assert_called_once_with(generator)
-    torch.cuda.graph.assert_called_once_with(graph)
+    torch.cuda.graph.assert_called_once_with(graph, stream=torch.cuda.Stream.return_value)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
