@@ -582,8 +582,8 @@ def train(args, device, envs, eval_envs, run):
         noise = torch.randn(shape, device=device, generator=generator)
         return explore(nets.policy, obs, noise[0], noise[1:])[0].cpu().numpy()
 
-    names = "critic_adam", "policy_adam", "temperature_adam"
-    parts = dict(nets=nets, buffer=buffer, generator=generator, **dict(zip(names, optimizers)))
+    parts = dict(nets=nets, buffer=buffer, generator=generator, critic_adam=optimizers[0])
+    parts.update(policy_adam=optimizers[1], temperature_adam=optimizers[2])
     saved = run.restore(parts)
     step, updates = saved["step"], saved.get("updates", 0)
     metrics, finished = saved.get("metrics", {}), saved.get("finished", [])
