@@ -3,10 +3,12 @@
     python results/cost.py
 
 Times 200 steps of 25 environments under an untrained 4 x 512 Q-Flow policy (K = 10), and scales
-that to 50 episodes of full length: an evaluation in which nothing succeeds.
+that to 50 episodes of full length: an evaluation in which nothing succeeds. And loads a file of
+1M transitions of antmaze-giant's sizes, random numbers, as OGBench writes them.
 """
 
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -55,6 +57,16 @@ def main():
             f"| {length} | {seconds:.0f} s |",
             flush=True,
         )
+
+    n, rng = 500 * 2001, np.random.default_rng(0)
+    sizes = dict(observations=29, actions=8, qpos=15, qvel=14)
+    arrays = {k: rng.uniform(-1, 1, (n, size)).astype(np.float32) for k, size in sizes.items()}
+    with tempfile.NamedTemporaryFile(suffix=".npz") as file:
+        np.savez_compressed(file, terminals=np.arange(n) % 2001 == 2000, **arrays)
+        file.flush()
+        start = time.perf_counter()
+        common.load_dataset(file.name, common.resolve_task(NAMES[2])[2], "cpu")
+        print(f"loading 1M transitions: {time.perf_counter() - start:.1f} s")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import shutil
 import types
 from unittest.mock import MagicMock
 
@@ -175,10 +176,11 @@ def test_gelu_is_the_same_with_and_without_gradients():
         assert torch.allclose(fast.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-def test_the_loss_traces_into_one_graph_and_computes_the_same():
-    for horizon, q_agg in ((1, "mean"), (3, "min")):
+def test_the_loss_compiles_into_one_graph_and_computes_the_same():
+    backends = "aot_eager", "inductor" if shutil.which("g++") else "aot_eager"
+    for horizon, q_agg, backend in zip((1, 3), ("mean", "min"), backends):
         args, nets, batch, draws = make(horizon=horizon, q_agg=q_agg)
-        traced = torch.compile(qflow.total_loss, fullgraph=True, backend="aot_eager")
+        traced = torch.compile(qflow.total_loss, fullgraph=True, backend=backend)
         results = []
         for function in (qflow.total_loss, traced):
             nets.zero_grad()
