@@ -85,7 +85,7 @@ class Args:
     video: bool = False
     """with --evaluate: film three of the episodes, into that folder"""
     compile: bool = False
-    """compile the losses (a minute at the start); on CUDA the whole update is one CUDA graph"""
+    """compile the losses (half a minute); on CUDA the whole update becomes one CUDA graph"""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
     """of torch; auto: TF32 (high) on CUDA, on CPUs the fastest products that are exact float32"""
 
