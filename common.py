@@ -100,7 +100,7 @@ def parse_args(args_type, doc, settings):
 
     What is not given is as in the run of --resume or --evaluate, or as in the settings of --env.
     """
-    doc += "\nDefaults by environment (a flag that is given beats them):\n"
+    doc += "\nDefaults by environment (flags beat them; --env NAME --help shows all of them):\n"
     for env, row in settings.items():
         indent = dict(initial_indent="\n    ", subsequent_indent=" " * 33, break_on_hyphens=False)
         doc += textwrap.fill(f"{env:29}" + " ".join(flags(row)), 95, **indent)
