@@ -566,9 +566,7 @@ class Run:
         """Replace checkpoint.pt by the states of parts and by values, `step` among them."""
         for name, tensor in parts["nets"].state_dict().items():
             if not tensor.isfinite().all():
-                raise UserError(
-                    f"step {values['step']}: {name} is not finite: a new run needs a smaller --lr"
-                )
+                raise UserError(f"step {values['step']}: {name} is not finite; restart, lower --lr")
         for name, part in parts.items():
             values[name] = (getattr(part, "state_dict", None) or part.get_state)()
         values["bytes"] = {path.name: path.stat().st_size for path in self.path.glob("*.csv")}
@@ -586,9 +584,7 @@ class Run:
             os.fsync(file.fileno())  # a checkpoint may rely on this row
         for key, value in row.items():
             if key.endswith("_loss") and not np.isfinite(value):
-                raise UserError(
-                    f"step {row['step']}: {key} is {value}: a new run needs a smaller --lr"
-                )
+                raise UserError(f"step {row['step']}: {key} is {value}; restart, lower --lr")
 
     def progress(self, total, initial, unit):
         """The progress bar of a training that begins at `initial`."""

@@ -97,7 +97,7 @@ class Args:
     video: bool = False
     """with --evaluate: film three of the episodes, into that folder"""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """of torch; auto: TF32 (high) on CUDA, on CPUs the fastest products that are exact float32"""
+    """of torch; auto: TF32 (high) on CUDA, on CPUs the fastest that is as exact as float32"""
 
 
 # Defaults per environment: the authors' for all, except for one that is meant for a laptop.

@@ -87,7 +87,7 @@ class Args:
     compile: bool = False
     """compile the losses (half a minute); on CUDA the whole update becomes one CUDA graph"""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """of torch; auto: TF32 (high) on CUDA, on CPUs the fastest products that are exact float32"""
+    """of torch; auto: TF32 (high) on CUDA, on CPUs the fastest that is as exact as float32"""
 
 
 # Defaults per environment: the paper's, and for pointmaze our own, small enough for a laptop.

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_common import compact
 
 import common
 import flow_sac
@@ -157,16 +158,6 @@ def replay_fql(config, arrays):
         "q_loss": ("actor/q_loss", 1e-5),
     }
     replay_updates(arrays, config, nets, args, fql, draws, lambda *unused: None, losses)
-
-
-def compact(observations, actions, next_observations, rewards, masks, terminals):
-    """Transitions in OGBench's compact layout: a row more per episode, for its last observation."""
-    ends = np.flatnonzero([*terminals[:-1], 1]) + 1
-    rows = dict(observations=observations, actions=actions, rewards=rewards, masks=masks)
-    rows = {k: np.insert(v, ends, 0, axis=0) for k, v in rows.items()}
-    rows["valids"] = np.insert(np.ones(len(actions)), ends, 0)
-    rows["observations"][rows["valids"] == 0] = next_observations[ends - 1]
-    return rows
 
 
 def replay_sequences(config, arrays):
