@@ -45,7 +45,6 @@ MAY_CHANGE = dict(  # of the settings of the run that --resume or --evaluate nam
     resume="resume offline_steps online_steps eval_interval eval_episodes log_interval compile",
     evaluate="evaluate eval_episodes seed device video",
 )
-SAME_STEP = dict(autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 class UserError(Exception):
@@ -74,25 +73,20 @@ def flags(settings):
     return words
 
 
-def reading(folder):
-    """For a with statement that reads a run's folder: what goes wrong there is a UserError."""
-    return blame(f"{folder}: damaged, or not a run of {Path(sys.argv[0]).name}")
+# For a with statement: what goes wrong with a run's folder, or on a disk, is the user's to mend.
+reading = lambda folder: blame(f"{folder}: damaged, or not a run of {Path(sys.argv[0]).name}")
+writing = lambda folder: blame(f"{folder}: cannot write there", OSError)
 
 
-def writing(folder):
-    """For a with statement that writes into a folder: a full disk and the like is a UserError."""
-    return blame(f"{folder}: cannot write there", OSError)
-
-
-def read_args(args_type, folder):
-    """The settings of the run in a folder, as args_type. Raises UserError."""
+def read_run(args_type, folder):
+    """A run's settings as args_type, and its checkpoint: step, nets and more. Raises UserError."""
     with reading(folder), redirect_stderr(io.StringIO()):
         saved = json.loads((Path(folder) / "config.json").read_text())["args"]
         args = tyro.cli(args_type, args=flags(saved), **TYRO)
         if json.loads(json.dumps(vars(args), default=str)) != saved:
             raise ValueError(f"args in config.json, {saved}")
-    args.resume, args.evaluate, args.video = None, None, False
-    return args
+        args.resume, args.evaluate, args.video = None, None, False
+        return args, torch.load(Path(folder) / "checkpoint.pt", "cpu", weights_only=True)
 
 
 def parse_args(args_type, doc, settings):
@@ -110,7 +104,7 @@ def parse_args(args_type, doc, settings):
             args, _ = tyro.cli(args_type, return_unknown_args=True, add_help=False, **TYRO)
             row = next((row for env, row in settings.items() if args.env.startswith(env)), {})
             folder = args.resume or args.evaluate
-            default = read_args(args_type, folder) if folder else args_type(env=args.env, **row)
+            default = read_run(args_type, folder)[0] if folder else args_type(env=args.env, **row)
             args = tyro.cli(args_type, default=default, description=doc, **TYRO)
     except SystemExit as e:
         if not e.code:
@@ -124,10 +118,9 @@ def parse_args(args_type, doc, settings):
     may_change = MAY_CHANGE["resume" if args.resume else "evaluate"].split()
     limits = dict(discount=(1e-9, 1), tau=(1e-9, 1), seed=(0, 2**31 - 1), task=(-99, 99))
     limits.update(policy_width=(0, 1e6), target_entropy=(-1e6, 1e6))
-    limits.update(dict.fromkeys("hidden batch_size time_dim num_envs".split(), (1, 1e6)))
     for name, value in vars(args).items():
         said = " ".join(flags({name: value})) or f"no {name}"
-        low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e12))
+        low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e9))
         numbers = [x for x in np.ravel(value) if type(value) in (int, float, tuple)]
         if value == () or not all(low <= x <= high for x in numbers):
             raise UserError(f"{said}: must be from {low:g} to {high:g}")
@@ -150,24 +143,20 @@ def cli(main):
         sys.exit(130)
 
 
-def pick_device(name, compile=False):
-    """'auto', 'cpu', 'cuda' or 'cuda:N' -> torch.device. Raises UserError."""
+def pick_device(name, matmul_precision, compile=False):
+    """'auto', 'cpu', 'cuda' or 'cuda:N' -> torch.device, with torch set up. Raises UserError.
+
+    matmul_precision is torch's, or "auto": TF32 on CUDA, fast float32 on a CPU. There torch takes
+    oneDNN's products, up to twice as fast as MKL's, for "medium" only. They are float32 where the
+    CPU has no units for bfloat16: the product of two matrices shows it.
+    """
     count = torch.cuda.device_count()
     name = name if name != "auto" else "cuda" if count else "cpu"
     if name not in ["cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]:
         raise UserError(f"--device {name}: must be cpu or one of the {count} CUDA devices found")
-    compilers = ("g++", "clang++", "$CXX") if name == "cpu" else ("gcc", "clang", "$CC")
-    if compile and not any(shutil.which(os.path.expandvars(x)) for x in compilers):
-        raise UserError(f"--compile: no compiler found ({', '.join(compilers)})")
-    return torch.device(name)
-
-
-def tune_torch(matmul_precision, device):
-    """torch.set_float32_matmul_precision, where "auto" is TF32 on CUDA, fast float32 on a CPU.
-
-    On a CPU torch takes oneDNN's products, up to twice as fast as MKL's, for "medium" only. They
-    are float32 where the CPU has no units for bfloat16: the product of two matrices shows it.
-    """
+    if compile and not any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "")))):
+        raise UserError("--compile: no compiler found (g++, clang++ or $CXX)")
+    device = torch.device(name)
     if device.index:  # streams and graphs are made on the current device
         torch.cuda.set_device(device)
     auto = "high" if device.type == "cuda" else "medium"
@@ -180,18 +169,7 @@ def tune_torch(matmul_precision, device):
     with suppress(Exception):  # glibc only: keep what tensors free, which the next update needs
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, libc = -1, -3, ctypes.CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, 2**30), libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-
-
-def task_names():
-    """Every name of an OGBench task on states -> name of its dataset, environment id."""
-    names = {}
-    for env_id in gymnasium.registry:
-        base, found, task = env_id.removesuffix("-v0").partition("-singletask")
-        kinds = ["navigate", "stitch"] if re.search("maze|soccer", base) else ["play", "noisy"]
-        kinds += ["explore"] if re.fullmatch("antmaze-(medium|large|teleport)", base) else []
-        for kind in kinds if found and not base.startswith("visual") else ():
-            names[f"{base}-{kind}-singletask{task}-v0"] = f"{base}-{kind}-v0", env_id
-    return names
+    return device
 
 
 def resolve_task(env, task=0):
@@ -199,15 +177,21 @@ def resolve_task(env, task=0):
 
     NAME-v0, NAME-singletask-v0 and NAME-singletask-taskN-v0 are the same but for the task.
     """
+    known = {}  # every task of OGBench on states
+    for env_id in gymnasium.registry:
+        base, found, number = env_id.removesuffix("-v0").partition("-singletask")
+        kinds = ["navigate", "stitch"] if re.search("maze|soccer", base) else ["play", "noisy"]
+        kinds += ["explore"] if re.fullmatch("antmaze-(medium|large|teleport)", base) else []
+        for kind in kinds if found and not base.startswith("visual") else ():
+            known[f"{base}-{kind}-singletask{number}-v0"] = f"{base}-{kind}-v0", env_id
     stem, _, named = env.removesuffix("-v0").partition("-singletask")
     name = f"{stem}-singletask{named or (task and f'-task{task}') or ''}-v0"
-    known = task_names()
+    said = f"--env {env} --task {task}" if task else f"--env {env}"
     if name not in known:
-        said = f"--env {env} --task {task}" if task else f"--env {env}"
         close = difflib.get_close_matches(name, known, n=3, cutoff=0)
         raise UserError(f"{said}: no such environment; closest: {', '.join(close)}")
     if task and named not in ("", f"-task{task}"):
-        raise UserError(f"--task {task}: --env {env} already names a task")
+        raise UserError(f"{said}: that name has a task already")
     return name, *known[name]
 
 
@@ -231,10 +215,10 @@ class SeededReset(gymnasium.Wrapper):
         return *result, {k: info[k] for k in ("success",) if k in info}
 
 
-def quiet(on_term):
-    """In a worker process: signals are for the main process, which ends this one."""
+def quiet():
+    """In a worker process: Ctrl-C is for the main process, which ends this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, on_term)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def make_envs(env, num_envs):
@@ -242,10 +226,10 @@ def make_envs(env, num_envs):
 
     def start():
         if multiprocessing.parent_process():
-            quiet(signal.SIG_IGN)
+            quiet()
         return SeededReset(env() if callable(env) else gymnasium.make(env))
 
-    envs = AsyncVectorEnv([start] * num_envs, **SAME_STEP)
+    envs = AsyncVectorEnv([start] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
     envs.close = lambda **_: [p.kill() for p in envs.processes]  # its own may wait for ever
     return envs
 
@@ -256,8 +240,7 @@ def report(evaluate, policy, env, args):
     evaluate, policy: as in the method files; env: as for make_envs.
     """
     n, z, play = args.eval_episodes, 1.96, (getattr(args, "horizon", 1), args.seed)
-    make = env if callable(env) else lambda **options: gymnasium.make(env, **options)
-    with closing(make_envs(make, min(n, 25))) as envs:
+    with closing(make_envs(env, min(n, 25))) as envs:
         results = evaluate(policy, envs, n, *play)
     for name, x in results.items():
         middle, half = x.mean(), z * x.std(ddof=1) / n**0.5 if n > 1 else np.nan
@@ -268,15 +251,16 @@ def report(evaluate, policy, env, args):
             print(f"{name} {x.mean():.4g} (95 %: {middle - half:.4g} to {middle + half:.4g})")
     if args.video:
         pictures, calls, every = [], itertools.count(), max(8 // play[0], 1)
+        make = env if callable(env) else lambda **options: gymnasium.make(env, **options)
+        start = lambda: SeededReset(make(render_mode="rgb_array"))
 
         def filmed(obs):
             if next(calls) % every == 0:
-                pictures.append(film.render())
+                pictures.extend(envs.render())
             return policy(obs)
 
         try:
-            film = make(render_mode="rgb_array")
-            with closing(SyncVectorEnv([lambda: SeededReset(film)], **SAME_STEP)) as envs:
+            with closing(SyncVectorEnv([start], autoreset_mode=AutoresetMode.SAME_STEP)) as envs:
                 evaluate(filmed, envs, 3, *play)
         except Exception as e:  # whatever a missing library raises
             return print(f"--video: cannot render, needs EGL or OSMesa: {e!r}", file=sys.stderr)
@@ -394,20 +378,17 @@ def get_dataset(name, env_id, path, url, device, horizon=1):
 def download(url, path):
     """Fetch a file, or path.name from a folder; "" is OGBench's. Raises UserError.
 
-    Goes on where it was interrupted; gives up after three attempts, or 15 s, without news.
+    Four attempts, each of which goes on where the last one was interrupted.
     """
     url = (url or ogbench.utils.DATASET_URL).removesuffix("/")
     url = url if url.endswith(".npz") else f"{url}/{path.name}"
-    part, most, failures, whole = path.with_name(f"{path.name}.part"), -1, 0, False
-    while failures < 3:
+    part = path.with_name(f"{path.name}.part")
+    for _ in range(4):
         have = part.stat().st_size if part.exists() else 0
-        if have > most:
-            most, last = have, time.perf_counter()
         headers = {"Accept-Encoding": "identity", "Range": f"bytes={have}-"}
         try:
-            with requests.get(url, headers=headers, stream=True, timeout=(3, 8)) as response:
+            with requests.get(url, headers=headers, stream=True, timeout=(3, 6)) as response:
                 if response.status_code != 416:  # 416: nothing is lacking
-                    failures += 3 * (400 <= response.status_code < 500)
                     response.raise_for_status()
                     have *= response.status_code == 206  # 200: the host ignores ranges
                     total = have + int(response.headers.get("Content-Length", 0))
@@ -416,15 +397,14 @@ def download(url, path):
                         for block in response.iter_content(2**18):
                             bar.update(file.write(block))
             with suppress(Exception), zipfile.ZipFile(part) as file:  # damage can raise anything
-                whole = not file.testzip()
-            if whole:
-                return part.rename(path)
-            cause, failures = "what came is not an npz file", failures + 2  # start once more
+                if not file.testzip():
+                    return part.rename(path)
+            cause = "what came is not an npz file"
             part.unlink(missing_ok=True)
+            if not have:  # else it may be due to an older part: from the start once more
+                break
         except (requests.RequestException, ValueError) as e:
-            cause, failures = e, failures + 1
-        news = part.exists() and part.stat().st_size > most
-        failures = 0 if news else failures if time.perf_counter() < last + 15 else 3
+            cause = e
         time.sleep(1)
     how = f"put {path.name} into {path.parent} by hand, or name a file with --dataset"
     raise UserError(f"{url}: download failed ({cause}); {how}, or a mirror with --dataset-url")
@@ -448,7 +428,7 @@ def collect_pointmaze(name, path, episodes=300, workers=None, seed=0):
     """Write a pointmaze-*-navigate dataset to `path`, the same one for any number of workers."""
     steps = 2001 if "giant" in name else 1001
     jobs = [(name.replace("-navigate", ""), steps, [seed, i]) for i in range(episodes)]
-    with multiprocessing.Pool(workers, quiet, (signal.SIG_DFL,)) as pool:
+    with multiprocessing.Pool(workers, quiet) as pool:
         results = pool.imap(collect_episode, jobs)
         parts = list(tqdm(results, f"collecting {name}", episodes, unit=" episodes"))
     data = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
@@ -491,19 +471,6 @@ def collect_episode(job):
     return {k: np.array(column, np.float32) for k, column in zip(names, zip(*rows))}
 
 
-def commit():
-    """The commit of this checkout, with a + if files have changed since; None outside of git."""
-    words = "describe --always --abbrev=40 --dirty=+ --exclude *".split()
-    run = lambda *git: subprocess.run([*git, *words], capture_output=True, text=True).stdout
-    return shutil.which("git") and run("git", "-C", Path(__file__).parent).strip() or None
-
-
-def read_checkpoint(folder):
-    """The checkpoint in a run's folder: step, nets and more, on the CPU. Raises UserError."""
-    with reading(folder):
-        return torch.load(Path(folder) / "checkpoint.pt", map_location="cpu", weights_only=True)
-
-
 class Run:
     """A run's folder: config.json, CSV files, curve.png, checkpoint.pt. Raises UserError.
 
@@ -512,19 +479,23 @@ class Run:
 
     def __init__(self, root, name, config, resume=None):
         self.path = Path(resume or Path(root) / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}")
-        self.bar, self.ready, self.warned, self.saved_at = None, False, False, time.perf_counter()
+        self.rows, self.bar, self.warned, self.saved_at = {}, None, False, time.perf_counter()
         self.lock = FileLock(self.path / ".lock", blocking=False)
-        versions = {p: version(p) for p in "torch numpy gymnasium ogbench mujoco".split()}
-        versions["python"] = sys.version.split()[0]
-        extra = dict(versions=versions, threads=torch.get_num_threads(), commit=commit())
-        config = json.loads(json.dumps({**config, **extra}, default=str))
+        git = f'git -C "{Path(__file__).parent}" describe --always --abbrev=40 --dirty=+'
+        failed, commit = subprocess.getstatusoutput(git + ' --exclude "*"')
+        config["versions"] = {p: version(p) for p in "torch numpy gymnasium ogbench mujoco".split()}
+        config["versions"]["python"] = sys.version.split()[0]
+        config["matmul_precision"] = torch.get_float32_matmul_precision()
+        config.update(threads=torch.get_num_threads(), commit=None if failed else commit)
+        config = json.loads(json.dumps(config, default=str))
         with writing(self.path), blame(f"{self.path}: another process writes there", Timeout):
             self.path.mkdir(parents=True, exist_ok=bool(resume))
             self.lock.acquire()  # before anything is read: somebody may be writing it
         with reading(self.path):
             old = json.loads((self.path / "config.json").read_text()) if resume else config
-            self.state = read_checkpoint(self.path) if resume else dict(step=0)
-            for name in "device", "dataset", "threads", "versions":
+            file = self.path / "checkpoint.pt"
+            self.state = torch.load(file, "cpu", weights_only=True) if resume else dict(step=0)
+            for name in "device", "dataset", "threads", "matmul_precision", "versions":
                 if (was := old.get(name)) != (now := config.get(name)):
                     what = f"--resume {self.path}: {name} was {was}, is {now}"
                     if name in ("device", "dataset"):
@@ -536,52 +507,45 @@ class Run:
         return self
 
     def __exit__(self, kind, *_):
+        self.lock.release()
         if self.bar:
             self.bar.close()
-        self.lock.release()
-        if kind and self.ready and (self.path / "checkpoint.pt").exists():
+        if self.bar and kind and (self.path / "checkpoint.pt").exists():
             print(f"stopped; --resume {self.path} goes on where it was saved", file=sys.stderr)
 
     def restore(self, parts):
         """Put the states of the checkpoint into parts (name -> what has a state), if there is one.
 
-        Returns what else the checkpoint has: step, 0 in a new run. Drops rows logged after the
-        checkpoint.
+        Returns what else it has: step, 0 in a new run. Drops rows logged after it.
         """
         with reading(self.path):
             for name, part in parts.items() if self.state["step"] else ():
                 load = getattr(part, "load_state_dict", None) or part.set_state
                 load(self.state.pop(name))
-            sizes = {path.name: 0 for path in self.path.glob("*.csv")} | self.state.get("bytes", {})
-            for name, size in sizes.items():
-                if (self.path / name).stat().st_size < size:
-                    raise ValueError(f"{name} has lost rows")
-                os.truncate(self.path / name, size)
-                if size:
-                    self.read(name)
-        self.ready = True
+            for path in self.path.glob("*.csv"):
+                path.unlink()
+            for name, rows in self.state.pop("rows", {}).items():
+                for row in rows:
+                    self.log(name, **row)
         return self.state
 
     def save(self, parts, **values):
-        """Replace checkpoint.pt by the states of parts and by values, `step` among them."""
+        """Replace checkpoint.pt: the states of parts, values (`step` too), the logged rows."""
         for name, tensor in parts["nets"].state_dict().items():
             if not tensor.isfinite().all():
                 raise UserError(f"step {values['step']}: {name} is not finite; restart, lower --lr")
         for name, part in parts.items():
             values[name] = (getattr(part, "state_dict", None) or part.get_state)()
-        values["bytes"] = {path.name: path.stat().st_size for path in self.path.glob("*.csv")}
-        torch.save(values, file := io.BytesIO())
+        torch.save(dict(values, rows=self.rows), file := io.BytesIO())
         write(self.path / "checkpoint.pt", file.getbuffer())
         self.saved_at = time.perf_counter()
 
     def log(self, name, **row):
         """Append a row to a CSV file, whose columns are the first row's. Losses must be finite."""
+        self.rows.setdefault(name, []).append({k: np.asarray(v).item() for k, v in row.items()})
         with writing(self.path), open(self.path / name, "a") as file:
-            if not file.tell():
-                file.write(",".join(row) + "\n")
-            file.write(",".join(map(str, row.values())) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # a checkpoint may rely on this row
+            for line in (row.values(),) if file.tell() else (row, row.values()):
+                file.write(",".join(map(str, line)) + "\n")
         for key, value in row.items():
             if key.endswith("_loss") and not np.isfinite(value):
                 raise UserError(f"step {row['step']}: {key} is {value}; restart, lower --lr")
@@ -602,42 +566,29 @@ class Run:
             text = "warning: update {step}: Q in [{q_min:.4g}, {q_max:.4g}]".format(**row)
             tqdm.write(f"{text}, the rewards allow [{low:.4g}, {high:.4g}]", file=sys.stderr)
 
-    def read(self, name):
-        """The columns of a CSV file: name -> array."""
-        header, *rows = (self.path / name).read_text().splitlines()
-        columns = np.array([row.split(",") for row in rows], float).T
-        return dict(zip(header.split(","), columns))
-
     def finish(self):
         """Print the score: the means of the last three evaluations."""
-        with reading(self.path):
-            rows = {k: v[-3:] for k, v in self.read("eval.csv").items()}
-            means = {k: rows[k].mean() for k in ("success", "return", "length")}
+        self.bar.close()
+        rows = self.rows.get("eval.csv", [])[-3:]
+        means = {k: np.mean([row[k] for row in rows]) for k in ("success", "return", "length")}
         text = ", ".join(f"{k} {v:.4g}" for k, v in means.items() if not np.isnan(v))
-        print(f"mean of the last {len(rows['step'])} evaluations: {text}")
+        print(f"mean of the last {len(rows)} evaluations: {text}")
 
     def plot(self, unit="updates"):
-        """Draw curve.png from the CSV files, over their column `step`, which counts `unit`."""
+        """Draw curve.png from the logged rows, over their `step`, which counts `unit`."""
         from matplotlib.figure import Figure  # here, since it takes a second
 
         figure = Figure(figsize=(13, 3.5), layout="constrained")
         figure.suptitle(self.path.name)
-        left, middle, right = figure.subplots(1, 3)
-        rows = self.read("eval.csv")
-        known = not np.isnan(rows["success"]).all()
-        y, label = (100 * rows["success"], "success (%)") if known else (rows["return"], "return")
-        left.plot(rows["step"], y, "o-", label=label)
-        left.set_ylim((-3, 103) if known else None)
-        rows = self.read("train.csv") if (self.path / "train.csv").exists() else {}
-        for name in rows:
-            if name.endswith("_loss") or name in ("q_min", "q_mean", "q_max"):
-                axes = middle if name.endswith("_loss") else right
-                axes.plot(rows["step"], rows[name], linewidth=1, label=name)
-        middle.set_yscale("symlog", linthresh=1e-2)  # a policy's loss can be negative
-        for axes in filter(lambda axes: axes.lines, (left, middle, right)):
+        score = "return" if np.isnan(self.rows["eval.csv"][-1]["success"]) else "success"
+        panels = ("eval.csv", score), ("train.csv", ".*_loss"), ("train.csv", "q_m.*")
+        for axes, (file, pattern) in zip(figure.subplots(1, 3), panels):
+            rows = self.rows.get(file, [{}])
+            for name in filter(re.compile(pattern).fullmatch, rows[0]):
+                axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
             axes.set_xlabel(unit)
-            axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
             axes.grid(alpha=0.3)
             axes.legend()
+        figure.axes[1].set_yscale("symlog", linthresh=1e-2)  # a policy's loss can be negative
         with writing(self.path):
             figure.savefig(self.path / "curve.png")

@@ -478,7 +478,7 @@ def update_policy(nets, optimizers, batch, draws, args):
 
 def load(folder, device="cpu"):
     """Networks and settings of the run in a folder, for `act`."""
-    args, state = common.read_args(Args, folder), common.read_checkpoint(folder)
+    args, state = common.read_run(Args, folder)
     with common.reading(folder):
         nets = Networks(*state["sizes"], args).to(device)
         nets.load_state_dict(state["nets"])
@@ -565,7 +565,6 @@ def train(args, device, envs, eval_envs, run):
     for each in (envs, eval_envs):
         if each.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
             raise ValueError(f"autoreset_mode must be SAME_STEP, is {each.metadata}")
-    common.tune_torch(args.matmul_precision, device)
     torch.manual_seed(args.seed + 2**31)  # for the networks; not the generator's random numbers
     generator = torch.Generator(device).manual_seed(args.seed)
     eval_generator = torch.Generator(device)
@@ -646,7 +645,6 @@ def train(args, device, envs, eval_envs, run):
             counts = dict(step=step, updates=updates, metrics=metrics, finished=finished)
             run.save(parts, **counts, sizes=nets.sizes)
             obs, returns, save_due = begin_episodes(), np.zeros(n), False
-    progress.close()
     run.finish()
     return nets
 
@@ -665,7 +663,7 @@ def main():
     if args.learning_starts >= args.online_steps:
         what = f"--learning-starts {args.learning_starts}: nothing would be learned in"
         raise common.UserError(f"{what} --online-steps {args.online_steps}")
-    device = common.pick_device(args.device)
+    device = common.pick_device(args.device, args.matmul_precision)
     if args.evaluate:
         nets, _ = load(args.evaluate, device)
         generator = torch.Generator(device).manual_seed(args.seed)

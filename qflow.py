@@ -342,7 +342,7 @@ def update(nets, optimizer, batch, draws, args, loss=total_loss):
 
 def load(folder, device="cpu"):
     """Networks and settings of the run in a folder, for `act`."""
-    args, state = common.read_args(Args, folder), common.read_checkpoint(folder)
+    args, state = common.read_run(Args, folder)
     with common.reading(folder):
         nets = Networks(*state["sizes"], args).to(device)
         nets.load_state_dict(state["nets"])
@@ -420,7 +420,6 @@ def capture(function, generator):
 def train(args, dataset, envs, run):
     """Train on `dataset`, evaluate in `envs`, write to `run`; returns the networks."""
     device = dataset.actions.device
-    common.tune_torch(args.matmul_precision, device)
     torch.manual_seed(args.seed + 2**31)  # for the networks; not the generator's random numbers
     generator = torch.Generator(device).manual_seed(args.seed)
     eval_generator = torch.Generator(device)
@@ -466,7 +465,6 @@ def train(args, dataset, envs, run):
             logged_time += time.perf_counter() - eval_start  # does not count as updates
         if evaluates or time.perf_counter() > run.saved_at + 300:
             run.save(parts, step=step, sizes=nets.sizes)
-    progress.close()
     run.finish()
     return nets
 
@@ -476,7 +474,7 @@ def main():
     if args.time_dim % 2:
         raise common.UserError(f"--time-dim {args.time_dim}: must be even")
     name, dataset_name, env_id = common.resolve_task(args.env, args.task)
-    device = common.pick_device(args.device, args.compile)
+    device = common.pick_device(args.device, args.matmul_precision, args.compile)
     if args.evaluate:
         nets, _ = load(args.evaluate, device)
         generator = torch.Generator(device).manual_seed(args.seed)

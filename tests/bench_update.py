@@ -10,6 +10,7 @@ import importlib
 import json
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -83,8 +84,7 @@ def main():
     method = importlib.import_module(args.method)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    device = common.pick_device(args.device)
-    common.tune_torch(args.matmul_precision, device)
+    device = common.pick_device(args.device, args.matmul_precision)
     settings = method.Args(
         hidden=(args.hidden,) * 4, batch_size=args.batch_size, flow_steps=args.flow_steps
     )
@@ -127,6 +127,8 @@ def main():
             torch.matmul(a, b, out=out)
 
     floor, *_ = milliseconds(products, args.seconds, device, burn_in=5)
+    git = f"git -C {Path(__file__).parent} describe --always --abbrev=40 --dirty=+ --exclude '*'"
+    failed, commit = subprocess.getstatusoutput(git)
     result = dict(
         **vars(args),
         updates_per_s=round(1000 / median, 1),
@@ -140,7 +142,7 @@ def main():
         peak_memory_mb=round(memory / 1e6),
         device_name=name,
         torch=torch.__version__,
-        commit=common.commit(),
+        commit=None if failed else commit,
     )
     print(json.dumps(result))
 

@@ -17,7 +17,7 @@ def test_compiled_and_captured_updates_are_the_plain_ones(method):
     obs, actions = rng.normal(size=(n, 4)), rng.uniform(-1, 1, (n, 3))
     valids = (np.arange(n) % 100 < 99).astype(np.float32)
     dataset = common.Dataset(obs, actions, -valids, valids, valids, device="cuda")
-    common.tune_torch("highest", torch.device("cuda"))
+    common.pick_device("cuda", "highest")
     args = method.Args(hidden=(64, 64), horizon=2, batch_size=64)
 
     def run(compiled, captured):

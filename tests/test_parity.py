@@ -214,7 +214,7 @@ def test_there_are_golden_files():
 
 @pytest.fixture(params=["highest", "auto"], autouse=True)
 def precision(request):
-    common.tune_torch(request.param, torch.device("cpu"))
+    common.pick_device("cpu", request.param)
     yield
     torch.set_float32_matmul_precision("highest")
 

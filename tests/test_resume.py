@@ -184,7 +184,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(home, whole, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_row_that_does_not_fit_on_the_disk_is_an_error_not_a_gap(tmp_path, capsys):
     run = common.Run(tmp_path, "x", {})
-    run.restore({})
+    run.progress(1, 0, "updates")
     run.save(dict(nets=torch.nn.Linear(1, 1)), step=0)
     (run.path / "train.csv").symlink_to("/dev/full")
     with pytest.raises(common.UserError, match=f"{run.path}: .*No space left"), run:
@@ -193,7 +193,7 @@ def test_a_row_that_does_not_fit_on_the_disk_is_an_error_not_a_gap(tmp_path, cap
 
 
 def test_nan_stops_within_a_log_interval_and_keeps_the_last_good_checkpoint(home, tmp_path):
-    flags = *OFFLINE, "--lr", "1e12", "--run-dir", tmp_path  # finite at first, for an update or two
+    flags = *OFFLINE, "--lr", "1e9", "--run-dir", tmp_path  # finite at first, for an update or two
     _, err = (process := start(home, "fql.py", *flags)).communicate(timeout=100)
     assert process.returncode == 2 and "Traceback" not in err
     assert "fql.py: error: step 7: " in err and "_loss is " in err
