@@ -142,7 +142,7 @@ class EnsembleLinear(nn.Module):
         lecun_normal_(self.weight, in_dim)
 
     def forward(self, x):
-        return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
+        return torch.bmm(x.expand(len(self.weight), -1, -1), self.weight).add_(self.bias)
 
 
 class BatchRenorm(nn.Module):

@@ -123,7 +123,7 @@ class EnsembleLinear(nn.Module):
             nn.init.xavier_uniform_(weight)
 
     def forward(self, x):
-        return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
+        return torch.bmm(x.expand(len(self.weight), -1, -1), self.weight).add_(self.bias)
 
 
 class EnsembleLayerNorm(nn.Module):
