@@ -483,11 +483,11 @@ class Run:
         self.lock = FileLock(self.path / ".lock", blocking=False)
         git = f'git -C "{Path(__file__).parent}" describe --always --abbrev=40 --dirty=+'
         failed, commit = subprocess.getstatusoutput(git + ' --exclude "*"')
-        config["versions"] = {p: version(p) for p in "torch numpy gymnasium ogbench mujoco".split()}
-        config["versions"]["python"] = sys.version.split()[0]
-        config["matmul_precision"] = torch.get_float32_matmul_precision()
-        config.update(threads=torch.get_num_threads(), commit=None if failed else commit)
-        config = json.loads(json.dumps(config, default=str))
+        extra = dict(commit=None if failed else commit, threads=torch.get_num_threads())
+        extra["matmul_precision"] = torch.get_float32_matmul_precision()
+        extra["versions"] = {p: version(p) for p in "torch numpy gymnasium ogbench mujoco".split()}
+        extra["versions"]["python"] = sys.version.split()[0]
+        config = json.loads(json.dumps(config | extra, default=str))
         with writing(self.path), blame(f"{self.path}: another process writes there", Timeout):
             self.path.mkdir(parents=True, exist_ok=bool(resume))
             self.lock.acquire()  # before anything is read: somebody may be writing it
@@ -570,7 +570,8 @@ class Run:
         """Print the score: the means of the last three evaluations."""
         self.bar.close()
         rows = self.rows.get("eval.csv", [])[-3:]
-        means = {k: np.mean([row[k] for row in rows]) for k in ("success", "return", "length")}
+        names = ("success", "return", "length") if rows else ()
+        means = {k: np.mean([row[k] for row in rows]) for k in names}
         text = ", ".join(f"{k} {v:.4g}" for k, v in means.items() if not np.isnan(v))
         print(f"mean of the last {len(rows)} evaluations: {text}")
 

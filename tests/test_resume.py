@@ -143,7 +143,9 @@ def test_a_checkpoint_every_five_minutes_whatever_the_interval(home, whole, tmp_
     (folder,) = tmp_path.iterdir()
     step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
     assert 7 < step < 300 / 23 and not (folder / "eval.csv").exists()
-    finish(start(home, "qflow.py", "--resume", folder))
+    out = finish(start(home, "qflow.py", "--resume", folder, "--offline-steps", step))
+    assert "mean of the last 0 evaluations" in out and "nan" not in out
+    finish(start(home, "qflow.py", "--resume", folder, "--offline-steps", 120))
     for name in ("train.csv", "eval.csv"):
         assert rows(folder, name) == rows(whole["qflow.py"], name), name
 
