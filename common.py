@@ -135,7 +135,9 @@ def cli(main):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         main()
-    except UserError as e:
+    except (UserError, MemoryError, RuntimeError) as e:
+        if not isinstance(e, UserError) and "allocate" not in str(e):  # as all say who lack memory
+            raise
         print(f"{Path(sys.argv[0]).name}: error:", *str(e).split(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -261,6 +261,14 @@ def test_places_that_cannot_be_written(finished, check, tmp_path, monkeypatch):
         check("fql", "--env", "scene-play-v0", says=[home / ".ogbench"])
 
 
+def test_too_much_memory_is_a_line_and_other_errors_are_not_hidden(finished, check, monkeypatch):
+    words = "--dataset", finished.parents[1] / "data", "--offline-steps", 1, "--hidden", 10**9
+    check("fql", *words, 10**9, says=["allocate"])
+    monkeypatch.setattr(common, "report", Mock(side_effect=RuntimeError("a mistake of ours")))
+    with pytest.raises(RuntimeError, match="of ours"):
+        check("qflow", "--evaluate", finished, says=None)
+
+
 @pytest.mark.parametrize("line", ["flow_sac --env HalfCheetah-v2", "qflow --resume nowhere"])
 def test_a_process_says_no_more_than_that_line(line, tmp_path):
     script, *words = line.split()
