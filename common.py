@@ -588,10 +588,12 @@ class Run:
         for axes, (file, pattern) in zip(figure.subplots(1, 3), panels):
             rows = self.rows.get(file, [{}])
             for name in filter(re.compile(pattern).fullmatch, rows[0]):
-                axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
+                x, y = ([row[key] for row in rows] for key in ("step", name))
+                axes.plot(x, y, ".-", markersize=3, linewidth=1, label=name)
             axes.set_xlabel(unit)
+            axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k")
             axes.grid(alpha=0.3)
-            axes.legend()
+            axes.legend(*axes.get_legend_handles_labels())  # there may be none yet
         figure.axes[1].set_yscale("symlog", linthresh=1e-2)  # a policy's loss can be negative
         with writing(self.path):
             figure.savefig(self.path / "curve.png")

@@ -332,6 +332,7 @@ def test_sources_are_tried_in_order(collected, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------ run folder
 
 
+@pytest.mark.filterwarnings("error")
 def test_run_folder(tmp_path):
     config = dict(args=dict(lam=1.0), dataset="somewhere")
     run = common.Run(tmp_path / "runs", "env__method__0", config)
@@ -340,6 +341,8 @@ def test_run_folder(tmp_path):
     assert config["args"] == {"lam": 1.0} and config["dataset"] == "somewhere"
     assert config["versions"]["torch"] == torch.__version__ and "commit" in config
 
+    run.log("eval.csv", step=0, **{"success": 0.0, "return": -9.0})
+    run.plot()  # there is nothing of a training yet
     for step in (1, 2):
         row = dict(critic_loss=1.0, q_mean=-1.0, q_min=-2.0, q_max=0.0)
         run.log("train.csv", step=step, **row)
