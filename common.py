@@ -1,6 +1,6 @@
 """Data onto the device, results onto disk and screen; nothing here is about a method."""
 
-import ctypes
+import ctypes.util
 import difflib
 import io
 import itertools
@@ -17,25 +17,24 @@ import time
 import warnings
 import zipfile
 from contextlib import closing, contextmanager, redirect_stderr, suppress
-from ctypes.util import find_library
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-if "--video" in sys.argv and (found := [x for x in ("EGL", "OSMesa") if find_library(x)]):
+if "--video" in sys.argv and (
+    found := [x for x in ("EGL", "OSMesa") if ctypes.util.find_library(x)]
+):
     os.environ.setdefault("MUJOCO_GL", found[0].lower())  # which MuJoCo reads when it is imported
 
 import gymnasium
 import imageio
 import numpy as np
-import ogbench
 import ogbench.online_locomotion  # registers online-ant-v0 and relatives
 import requests
 import torch
 import tyro
 from filelock import FileLock, Timeout
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from ogbench.relabel_utils import relabel_dataset
 from tqdm import tqdm
 
 warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, spaces, old versions
@@ -345,7 +344,7 @@ def load_dataset(path, env_id, device):
                 raise ValueError(f"{name} has the wrong length")
             if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
                 raise ValueError(f"{name} has NaN, infinity, or no real numbers")
-        relabel_dataset(env_id, env, data)
+        ogbench.relabel_utils.relabel_dataset(env_id, env, data)
         found = data["observations"].shape[1:] + data["actions"].shape[1:]
         if found != (sizes := env.observation_space.shape + env.action_space.shape):
             raise ValueError(f"observation, action sizes {found}, the environment has {sizes}")
