@@ -16,7 +16,7 @@ import textwrap
 import time
 import warnings
 import zipfile
-from contextlib import closing, contextmanager, redirect_stderr, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, redirect_stderr, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -472,7 +472,7 @@ def collect_episode(job):
     return {k: np.array(column, np.float32) for k, column in zip(names, zip(*rows))}
 
 
-class Run:
+class Run(AbstractContextManager):
     """A run's folder: config.json, CSV files, curve.png, checkpoint.pt. Raises UserError.
 
     It is root/name__time, or that of the run to `resume`. Leave it by a with statement.
@@ -503,9 +503,6 @@ class Run:
                         raise UserError(what)
                     print(f"warning: {what}: not the same bit for bit", file=sys.stderr)
         write(self.path / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, kind, *_):
         self.lock.release()
