@@ -365,11 +365,9 @@ def get_dataset(name, env_id, path, url, device, horizon=1):
         collect = not (url or os.path.exists(path)) and re.match("pointmaze-.*-nav", name)
         path = path.parents[1] / "collected" / path.name if collect else path
         if not os.path.exists(path):
-            with writing(path.parent):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with FileLock(path.with_name(f".{path.name}.lock")):
-                    if not path.exists():  # else another run has just made it
-                        collect_pointmaze(name, path) if collect else download(url, path)
+            with writing(path.parent), FileLock(path.with_name(f".{path.name}.lock")):  # and mkdir
+                if not path.exists():  # else another run has just made it
+                    collect_pointmaze(name, path) if collect else download(url, path)
     dataset, source = load_dataset(path, env_id, device)
     if horizon > len(dataset):
         raise UserError(f"--horizon {horizon}: {path} has only {len(dataset)} transitions")
