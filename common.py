@@ -455,13 +455,12 @@ def collect_episode(job):
         env.action_space.seed(number)
         task_info = dict(init_ij=pick(free), goal_ij=pick(goals))
         obs, _ = env.reset(seed=number, options=dict(task_info=task_info))
-        rows, done = [], False
-        while not done:
+        rows = []
+        for _ in range(steps):
             direction = maze.get_oracle_subgoal(maze.get_xy(), maze.cur_goal_xy)[0] - maze.get_xy()
             direction /= np.linalg.norm(direction) + 1e-6
             action = np.clip(direction + rng.normal(0, 0.5, 2), -1, 1)
-            next_obs, _, terminated, truncated, info = env.step(action)
-            done = terminated or truncated
+            next_obs, _, _, done, info = env.step(action)
             rows.append((obs, action, info["prev_qpos"], info["prev_qvel"], done))
             obs = next_obs
             if info["success"]:
