@@ -21,9 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-if "--video" in sys.argv and (
-    found := [x for x in ("EGL", "OSMesa") if ctypes.util.find_library(x)]
-):
+if "--video" in sys.argv and (found := [*filter(ctypes.util.find_library, ("EGL", "OSMesa"))]):
     os.environ.setdefault("MUJOCO_GL", found[0].lower())  # which MuJoCo reads when it is imported
 
 import gymnasium
