@@ -78,12 +78,9 @@ writing = lambda folder: blame(f"{folder}: cannot write there", OSError)
 def read_run(args_type, folder):
     """A run's settings as args_type, and its checkpoint: step, nets and more. Raises UserError."""
     with reading(folder), redirect_stderr(io.StringIO()):
-        saved = json.loads((Path(folder) / "config.json").read_text())["args"]
-        args = tyro.cli(args_type, args=flags(saved), **TYRO)
-        if json.loads(json.dumps(vars(args), default=str)) != saved:
-            raise ValueError(f"args in config.json, {saved}")
-        args.resume, args.evaluate, args.video = None, None, False
-        return args, torch.load(Path(folder) / "checkpoint.pt", "cpu", weights_only=True)
+        state = torch.load(Path(folder) / "checkpoint.pt", "cpu", weights_only=True)
+        saved = state["config"]["args"] | dict(resume=None, evaluate=None, video=False)
+        return tyro.cli(args_type, args=flags(saved), **TYRO), state
 
 
 def parse_args(args_type, doc, settings):
@@ -483,16 +480,15 @@ class Run(AbstractContextManager):
         extra["matmul_precision"] = torch.get_float32_matmul_precision()
         extra["versions"] = {p: version(p) for p in "torch numpy gymnasium ogbench mujoco".split()}
         extra["versions"]["python"] = sys.version.split()[0]
-        config = json.loads(json.dumps(config | extra, default=str))
+        self.config = config = json.loads(json.dumps(config | extra, default=str))
         with writing(self.path), blame(f"{self.path}: another process writes there", Timeout):
             self.path.mkdir(parents=True, exist_ok=bool(resume))
             self.lock.acquire()  # before anything is read: somebody may be writing it
         with reading(self.path):
-            old = json.loads((self.path / "config.json").read_text()) if resume else config
-            file = self.path / "checkpoint.pt"
-            self.state = torch.load(file, "cpu", weights_only=True) if resume else dict(step=0)
+            new, file = dict(step=0, config=config), self.path / "checkpoint.pt"
+            self.state = torch.load(file, "cpu", weights_only=True) if resume else new
             for name in "device", "dataset", "threads", "matmul_precision", "versions":
-                if (was := old.get(name)) != (now := config.get(name)):
+                if (was := self.state["config"].get(name)) != (now := config.get(name)):
                     what = f"--resume {self.path}: {name} was {was}, is {now}"
                     if name in ("device", "dataset"):
                         raise UserError(what)
@@ -523,13 +519,13 @@ class Run(AbstractContextManager):
         return self.state
 
     def save(self, parts, **values):
-        """Replace checkpoint.pt: the states of parts, values (`step` too), the logged rows."""
+        """Replace checkpoint.pt: states of parts, values (`step` too), config, logged rows."""
         for name, tensor in parts["nets"].state_dict().items():
             if not tensor.isfinite().all():
                 raise UserError(f"step {values['step']}: {name} is not finite; restart, lower --lr")
         for name, part in parts.items():
             values[name] = (getattr(part, "state_dict", None) or part.get_state)()
-        torch.save(dict(values, rows=self.rows), file := io.BytesIO())
+        torch.save(dict(values, config=self.config, rows=self.rows), file := io.BytesIO())
         write(self.path / "checkpoint.pt", file.getbuffer())
         self.saved_at = time.perf_counter()
 

@@ -187,25 +187,19 @@ def test_damage_is_found_or_does_not_matter(save, finished, tmp_path, monkeypatc
     assert found > 400  # else the damage would be none
 
 
-@pytest.mark.parametrize("name", ["config.json", "checkpoint.pt"])
-def test_runs_that_are_damaged(name, finished, check):
-    path = Path(shutil.copytree(finished, "a_run")) / name
-    data = path.read_bytes()
+def test_runs_that_are_damaged(finished, check):
+    path = Path(shutil.copytree(finished, "a_run")) / "checkpoint.pt"
+    data, state = path.read_bytes(), torch.load(path)
     contents = [data[: int(len(data) * x)] for x in (0, 0.001, 0.1, 0.5, 0.9, 0.99)]
     contents += [np.random.default_rng(0).bytes(999), pickle.dumps(Bomb(), 2)]
-    if name == "config.json":
-        config, odd = json.loads(data), [dict(video="yes"), dict(env="x"), dict(new=3)]
-        odd += [dict(lr=x) for x in ("fast", -1, np.nan, [1, 2], None)]
-        odd += [dict(hidden=x) for x in ("x", [], [8, 9])] + [dict(time_dim=x) for x in (7, 62)]
-        odd = [{**config, "args": {**config["args"], **each}} for each in odd]
-        contents += [json.dumps(x).encode() for x in (*odd, [], {}, dict(args=[]), dict(args={}))]
-        contents += [b"[" * 10**5]
-    else:
-        state = torch.load(path)
-        wide = {k: torch.zeros(*(n + 1 for n in x.shape)) for k, x in state["nets"].items()}
-        odd = [{**state, "nets": nets} for nets in (Bomb(), [], {}, wide, dict.fromkeys(wide))]
-        odd += [{k: v for k, v in state.items() if k != "nets"}, {}, [], [1], None, torch.ones(3)]
-        contents += [saved(lambda file, each=each: torch.save(each, file)) for each in odd]
+    wide = {k: torch.zeros(*(n + 1 for n in x.shape)) for k, x in state["nets"].items()}
+    odd = [{**state, "nets": nets} for nets in (Bomb(), [], {}, wide, dict.fromkeys(wide))]
+    odd += [{k: v for k, v in state.items() if k != "nets"}, {}, [], [1], None, torch.ones(3)]
+    settings = [dict(lr=x) for x in ("fast", -1, np.nan, [1, 2])] + [dict(env="x"), dict(new=3)]
+    settings += [dict(hidden=x) for x in ("x", [], [8, 9])] + [dict(time_dim=x) for x in (7, 62)]
+    settings = [{**state["config"]["args"], **each} for each in settings] + [[], Bomb()]
+    odd += [{**state, "config": config} for config in ([], {}, *(dict(args=x) for x in settings))]
+    contents += [saved(lambda file, each=each: torch.save(each, file)) for each in odd]
     for mode in "--resume", "--evaluate":
         for content in contents:
             path.write_bytes(content)
@@ -215,10 +209,12 @@ def test_runs_that_are_damaged(name, finished, check):
     assert not Path("exploded").exists()
 
 
-@pytest.mark.parametrize("name", ["train.csv", "eval.csv"])
-def test_what_is_done_to_a_csv_file_is_undone(name, finished, check):
+@pytest.mark.parametrize("name", ["config.json", "train.csv", "eval.csv"])
+def test_what_is_done_to_a_file_for_the_reader_is_undone(name, finished, check):
     path = Path(shutil.copytree(finished, "a_run")) / name
+    check("qflow", "--resume", "a_run", says=None)
     data = path.read_bytes()
+    assert data == (finished / name).read_bytes() or name == "config.json"  # which has --resume now
     for content in b"", b"\xff\x00\n", data[:-5], data + b"9,9\n", data.replace(b",", b",x"):
         path.write_bytes(content)
         check("qflow", "--resume", "a_run", says=None)
