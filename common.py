@@ -281,17 +281,21 @@ class Dataset:
 
     NumPy arrays: observations (M, O); actions (M, A) in [-1, 1]; rewards (M,); masks (M,), 0 where
     s is terminal and its value therefore r alone; valids (M,), 0 in the last row of an episode,
-    which is only there for its observation. Raises ValueError.
+    which is only there for its observation. Others are only checked. Raises ValueError.
     """
 
-    def __init__(self, observations, actions, rewards, masks, valids, device="cpu"):
-        arrays = observations, actions, rewards, masks, valids
-        if len({len(x) for x in arrays}) > 1 or not np.any(valids) or valids[-1]:
-            raise ValueError("no transitions, lengths that differ, or no end in the last row")
-        if not all(np.isfinite(x).all() for x in arrays) or np.abs(actions).max() > 1:
-            raise ValueError("NaN or infinity, or actions outside of [-1, 1]")
-        arrays = [torch.as_tensor(np.asarray(x, np.float32), device=device) for x in arrays]
-        self.observations, self.actions, self.rewards, self.masks, self.valids = arrays
+    def __init__(self, observations, actions, rewards, masks, valids, device="cpu", **others):
+        kept = dict(observations=observations, actions=actions, rewards=rewards, masks=masks)
+        kept["valids"] = valids
+        for name, x in (others | kept).items():
+            if len(x) != len(valids):
+                raise ValueError(f"{name} has the wrong length")
+            if x.dtype.kind not in "biuf" or not np.isfinite(x).all():
+                raise ValueError(f"{name} has NaN, infinity, or no real numbers")
+        if not np.any(valids) or valids[-1] or np.abs(actions).max() > 1:
+            raise ValueError("no transitions, no end in the last row, or actions beyond [-1, 1]")
+        kept = [torch.as_tensor(np.asarray(x, np.float32), device=device) for x in kept.values()]
+        self.observations, self.actions, self.rewards, self.masks, self.valids = kept
         self.rows = self.valids.nonzero().squeeze(1)  # (N,) of the transitions
         self.episodes = len(valids) - len(self.rows)
 
@@ -334,18 +338,12 @@ def load_dataset(path, env_id, device):
                 raise ValueError(f"has no {', '.join(missing)}")
             source = str(file["source"]) if "source" in file else None
         data = ogbench.load_dataset(path, compact_dataset=True, add_info=True)
-        for name, array in data.items():
-            if len(array) != len(data["observations"]):
-                raise ValueError(f"{name} has the wrong length")
-            if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
-                raise ValueError(f"{name} has NaN, infinity, or no real numbers")
         ogbench.relabel_utils.relabel_dataset(env_id, env, data)
         found = data["observations"].shape[1:] + data["actions"].shape[1:]
         if found != (sizes := env.observation_space.shape + env.action_space.shape):
             raise ValueError(f"observation, action sizes {found}, the environment has {sizes}")
         data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)  # as the authors do
-        names = "observations actions rewards masks valids".split()
-        return Dataset(*(data[name] for name in names), device=device), source
+        return Dataset(**data, device=device), source
 
 
 def get_dataset(name, env_id, path, url, device, horizon=1):

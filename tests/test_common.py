@@ -159,13 +159,13 @@ def test_a_million_antmaze_transitions_fit_in_a_third_of_a_gigabyte():
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(rewards=np.zeros(3)), "lengths that differ"),
-        (dict(observations=np.zeros((21, 3))), "lengths that differ"),
-        (dict(masks=np.full(22, np.nan)), "NaN or infinity"),
-        (dict(actions=np.full((22, 2), 1.5)), "actions outside of [-1, 1]"),
+        (dict(rewards=np.zeros(3)), "rewards has the wrong length"),
+        (dict(observations=np.zeros((21, 3))), "observations has the wrong length"),
+        (dict(masks=np.full(22, np.nan)), "masks has NaN, infinity"),
+        (dict(actions=np.full((22, 2), 1.5)), "actions beyond [-1, 1]"),
         (dict(valids=np.ones(22)), "no end in the last row"),
         (dict(valids=np.zeros(22)), "no transitions"),
-        (dict(valids=np.zeros((0,))), "no transitions"),
+        (dict(valids=np.zeros((0,))), "wrong length"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(change, words):
@@ -238,7 +238,7 @@ def test_damaged_files_are_one_line_that_names_file_and_cause(collected, tmp_pat
         "cut": (lambda a: a.update({k: v[:-1] for k, v in a.items() if v.ndim}), short),
         "no_end": (put("terminals", lambda a: np.zeros_like(a)), short),
         "all_ends": (put("terminals", lambda a: np.ones_like(a)), ""),
-        "flat": (put("observations", lambda a: a.ravel()), "wrong length"),
+        "flat": (put("observations", lambda a: a.ravel()), "sizes (2,), the environment"),
         "empty": (lambda a: a.update({k: v[:0] for k, v in a.items() if v.ndim}), ""),
         "nan": (put("observations", one_nan), nan_rows),
         "nan_qpos": (put("qpos", one_nan), nan_rows),
