@@ -38,10 +38,6 @@ from tqdm import tqdm
 warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, spaces, old versions
 
 TYRO = dict(config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone))
-MAY_CHANGE = dict(  # of the settings of the run that --resume or --evaluate names
-    resume="resume offline_steps online_steps eval_interval eval_episodes log_interval compile",
-    evaluate="evaluate eval_episodes seed device video",
-)
 
 
 class UserError(Exception):
@@ -109,7 +105,8 @@ def parse_args(args_type, doc, settings):
         raise UserError(f"{text} (--help lists all flags)") from None
     if args.resume and args.evaluate or args.video and not args.evaluate:
         raise UserError("--video goes with --evaluate, --evaluate does not go with --resume")
-    may_change = MAY_CHANGE["resume" if args.resume else "evaluate"].split()
+    free = "resume offline_steps online_steps eval_interval eval_episodes log_interval compile"
+    free = free if args.resume else "evaluate eval_episodes seed device video"
     limits = dict(discount=(1e-9, 1), tau=(1e-9, 1), seed=(0, 2**31 - 1), task=(-99, 99))
     limits.update(policy_width=(0, 1e6), target_entropy=(-1e6, 1e6))
     for name, value in vars(args).items():
@@ -118,7 +115,7 @@ def parse_args(args_type, doc, settings):
         numbers = [x for x in np.ravel(value) if type(value) in (int, float, tuple)]
         if value == () or not all(low <= x <= high for x in numbers):
             raise UserError(f"{said}: must be from {low:g} to {high:g}")
-        if folder and value != getattr(default, name) and name not in may_change:
+        if folder and value != getattr(default, name) and name not in free.split():
             kept = " ".join(flags({name: getattr(default, name)})) or "no such flag"
             raise UserError(f"{said}: {folder} was started with {kept}")
     return args
