@@ -49,7 +49,7 @@ def blame(text, kinds=(Exception, SystemExit)):
     """What goes wrong inside (any of these kinds) becomes a UserError that begins with `text`."""
     try:
         yield
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
     except kinds as e:  # a damaged file can raise anything, tyro exits
         cause = str(e) if isinstance(e, OSError | ValueError) else repr(e)
@@ -111,7 +111,7 @@ def parse_args(args_type, doc, settings):
     limits.update(policy_width=(0, 1e6), target_entropy=(-1e6, 1e6))
     for name, value in vars(args).items():
         said = " ".join(flags({name: value})) or f"no {name}"
-        low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e9))
+        low, high = limits.get(name, (1 if type(value) in (int, tuple) else 1e-12, 1e9))
         numbers = [x for x in np.ravel(value) if type(value) in (int, float, tuple)]
         if value == () or not all(low <= x <= high for x in numbers):
             raise UserError(f"{said}: must be from {low:g} to {high:g}")
@@ -127,9 +127,10 @@ def cli(main):
     try:
         main()
     except (UserError, MemoryError, RuntimeError) as e:
-        if not isinstance(e, UserError) and "allocate" not in str(e):  # as all say who lack memory
+        if isinstance(e, RuntimeError) and "o allocate" not in str(e):  # torch: "tried to allocate"
             raise
-        print(f"{Path(sys.argv[0]).name}: error:", *str(e).split(), file=sys.stderr)
+        text = str(e) or "out of memory"
+        print(f"{Path(sys.argv[0]).name}: error:", *text.split(), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -147,8 +148,9 @@ def pick_device(name, matmul_precision, compile=False):
     name = name if name != "auto" else "cuda" if count else "cpu"
     if name not in ["cpu", *["cuda"][:count], *(f"cuda:{i}" for i in range(count))]:
         raise UserError(f"--device {name}: must be cpu or one of the {count} CUDA devices found")
-    if compile and not any(map(shutil.which, ("g++", "clang++", os.environ.get("CXX", "")))):
-        raise UserError("--compile: no compiler found (g++, clang++ or $CXX)")
+    compilers = ("g++", "clang++", "$CXX") if name == "cpu" else ("gcc", "clang", "$CC")
+    if compile and not any(shutil.which(os.path.expandvars(x)) for x in compilers):
+        raise UserError(f"--compile: no compiler found ({', '.join(compilers)})")
     device = torch.device(name)
     if device.index:  # streams and graphs are made on the current device
         torch.cuda.set_device(device)
@@ -220,6 +222,7 @@ def make_envs(env, num_envs):
     def start():
         if multiprocessing.parent_process():
             quiet()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and so is this; it kills at the end
         return SeededReset(env() if callable(env) else gymnasium.make(env))
 
     envs = AsyncVectorEnv([start] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
@@ -385,10 +388,11 @@ def download(url, path):
                     with open(part, "ab" if have else "wb") as file, bar:
                         for block in response.iter_content(2**18):
                             bar.update(file.write(block))
-            with suppress(Exception), zipfile.ZipFile(part) as file:  # damage can raise anything
-                if not file.testzip():
-                    return part.rename(path)
             cause = "what came is not an npz file"
+            with suppress(Exception), zipfile.ZipFile(part) as file:  # damage can raise anything
+                cause = file.testzip() and cause
+            if not cause:
+                return part.rename(path)
             part.unlink(missing_ok=True)
             if not have:  # else it may be due to an older part: from the start once more
                 break
@@ -469,9 +473,10 @@ class Run(AbstractContextManager):
         self.path = Path(resume or Path(root) / f"{name}__{time.strftime('%Y%m%d-%H%M%S')}")
         self.rows, self.bar, self.warned, self.saved_at = {}, None, False, time.perf_counter()
         self.lock = FileLock(self.path / ".lock", blocking=False)
-        git = f'git -C "{Path(__file__).parent}" describe --always --abbrev=40 --dirty=+'
-        failed, commit = subprocess.getstatusoutput(git + ' --exclude "*"')
-        extra = dict(commit=None if failed else commit, threads=torch.get_num_threads())
+        git = "git describe --always --abbrev=40 --dirty=+ --exclude *".split()
+        options = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+        commit = shutil.which("git") and subprocess.run(git, **options).stdout.strip() or None
+        extra = dict(commit=commit, threads=torch.get_num_threads())
         extra["matmul_precision"] = torch.get_float32_matmul_precision()
         extra["versions"] = {p: version(p) for p in "torch numpy gymnasium ogbench mujoco".split()}
         extra["versions"]["python"] = sys.version.split()[0]

@@ -127,8 +127,8 @@ def main():
             torch.matmul(a, b, out=out)
 
     floor, *_ = milliseconds(products, args.seconds, device, burn_in=5)
-    git = f"git -C {Path(__file__).parent} describe --always --abbrev=40 --dirty=+ --exclude '*'"
-    failed, commit = subprocess.getstatusoutput(git)
+    git = "git describe --always --abbrev=40 --dirty=+ --exclude *".split()
+    options = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
     result = dict(
         **vars(args),
         updates_per_s=round(1000 / median, 1),
@@ -142,7 +142,7 @@ def main():
         peak_memory_mb=round(memory / 1e6),
         device_name=name,
         torch=torch.__version__,
-        commit=None if failed else commit,
+        commit=subprocess.run(git, **options).stdout.strip() or None,
     )
     print(json.dumps(result))
 

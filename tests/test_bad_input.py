@@ -109,7 +109,7 @@ def test_command_lines(check, monkeypatch):
     check("qflow", "--lr", "--seed", 3, says=["--lr"])
     check("qflow", "--lr", 1, "--lr", "nan", says=["--lr nan"])
     check("qflow", "--hidden", says=["--hidden"])
-    check("qflow", "--hidden", 8, 0, says=["--hidden 8 0"])
+    check("qflow", "--hidden", 8, 0, says=["--hidden 8 0: must be from 1 to"])
     check("qflow", "--hiden", 8, says=["--hiden, 8 Perhaps you meant: --hidden"])
     check("qflow", "--video", says=["--video", "--evaluate"])
     check("fql", "--lam", 1, says=["--lam"])
@@ -246,6 +246,18 @@ def test_what_a_run_may_change(finished, check, monkeypatch):
         check(script, mode, finished, says=[finished, f"not a run of {script}.py"])
 
 
+def test_what_makes_other_numbers_is_a_warning(finished, check, capsys):
+    path = Path(shutil.copytree(finished, "a_run")) / "checkpoint.pt"
+    state = torch.load(path)
+    state["config"].update(threads=99, matmul_precision="low")
+    state["config"]["versions"]["torch"] = "1.0"
+    torch.save(state, path)
+    check("qflow", "--resume", "a_run", says=None)
+    err = capsys.readouterr().err
+    for words in ("threads was 99, is ", "matmul_precision was low, is ", "'torch': '1.0'"):
+        assert words in err and err.count("not the same bit for bit") == 3
+
+
 def test_places_that_cannot_be_written(finished, check, tmp_path, monkeypatch):
     Path("file").touch(), Path(".ogbench").touch()
     for place in ("file", "file/x", "/proc/x", "/dev/null", "a\nb/" + LONG):
@@ -260,7 +272,9 @@ def test_places_that_cannot_be_written(finished, check, tmp_path, monkeypatch):
 def test_too_much_memory_is_a_line_and_other_errors_are_not_hidden(finished, check, monkeypatch):
     words = "--dataset", finished.parents[1] / "data", "--offline-steps", 1, "--hidden", 10**9
     check("fql", *words, 10**9, says=["allocate"])
-    monkeypatch.setattr(common, "report", Mock(side_effect=RuntimeError("a mistake of ours")))
+    monkeypatch.setattr(common, "report", report := Mock(side_effect=MemoryError()))
+    check("qflow", "--evaluate", finished, says=["out of memory"])
+    report.side_effect = RuntimeError("a mistake of ours: not allocated")
     with pytest.raises(RuntimeError, match="of ours"):
         check("qflow", "--evaluate", finished, says=None)
 

@@ -225,6 +225,13 @@ def test_a_full_disk(host, path, process, tmp_path):
     assert host.seen[1][1] == "bytes=600000-" and path.read_bytes() == host.body
 
 
+def test_a_file_that_cannot_be_put_in_place_is_kept(host, path, monkeypatch):
+    monkeypatch.setattr(Path, "rename", Mock(side_effect=PermissionError(13, "Denied")))
+    with pytest.raises(common.UserError, match=f"{path.parent}: cannot write there: .*Denied"):
+        common.get_dataset(NAME, ENV_ID, None, host.url, "cpu")
+    assert path.with_suffix(".npz.part").read_bytes() == host.body
+
+
 def test_two_processes_want_the_same_file(host, path, process, tmp_path):
     host.pause = 0.1
     print(tmp_path, host.url, 2**40, file=process.stdin)
