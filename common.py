@@ -210,10 +210,10 @@ class SeededReset(gymnasium.Wrapper):
         return *result, {k: info[k] for k in ("success",) if k in info}
 
 
-def quiet():
-    """In a worker process: Ctrl-C is for the main process, which ends this one."""
+def quiet(on_term):
+    """In a worker process: signals are for the main process, which ends this one."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, on_term)
 
 
 def make_envs(env, num_envs):
@@ -221,8 +221,7 @@ def make_envs(env, num_envs):
 
     def start():
         if multiprocessing.parent_process():
-            quiet()
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and so is this; it kills at the end
+            quiet(signal.SIG_IGN)
         return SeededReset(env() if callable(env) else gymnasium.make(env))
 
     envs = AsyncVectorEnv([start] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
@@ -421,7 +420,7 @@ def collect_pointmaze(name, path, episodes=300, workers=None, seed=0):
     """Write a pointmaze-*-navigate dataset to `path`, the same one for any number of workers."""
     steps = 2001 if "giant" in name else 1001
     jobs = [(name.replace("-navigate", ""), steps, [seed, i]) for i in range(episodes)]
-    with multiprocessing.Pool(workers, quiet) as pool:
+    with multiprocessing.Pool(workers, quiet, (signal.SIG_DFL,)) as pool:
         results = pool.imap(collect_episode, jobs)
         parts = list(tqdm(results, f"collecting {name}", episodes, unit=" episodes"))
     data = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
