@@ -20,24 +20,29 @@ def test_compiled_and_captured_updates_are_the_plain_ones(method):
     common.pick_device("cuda", "highest")
     args = method.Args(hidden=(64, 64), horizon=2, batch_size=64)
 
-    def run(compiled, captured):
+    def run(compiled, per_graph=0):
         torch.manual_seed(0)
         nets = method.Networks(4, 6, args).cuda()
         optimizer = method.make_optimizer(nets, args)
         generator = torch.Generator("cuda").manual_seed(0)
         loss = torch.compile(method.total_loss, fullgraph=True) if compiled else method.total_loss
 
-        def update():
-            batch = dataset.sample(64, 2, 0.99, generator)
-            draws = method.draw(batch.actions, generator)
-            return method.update(nets, optimizer, batch, draws, args, loss)
+        def updates():
+            for _ in range(per_graph or 1):
+                batch = dataset.sample(64, 2, 0.99, generator)
+                draws = method.draw(batch.actions, generator)
+                metrics = method.update(nets, optimizer, batch, draws, args, loss)
+            return metrics
 
-        update = method.capture(update, generator) if captured else update
-        losses = [torch.stack(list(update().values())).cpu() for _ in range(50)]
+        updates = method.capture(updates, generator) if per_graph else updates
+        calls = range(50 // (per_graph or 1))
+        losses = [torch.stack(list(updates().values())).cpu() for _ in calls]
         return torch.stack(losses), torch.cat([p.flatten() for p in nets.parameters()]).cpu()
 
-    plain = run(False, False)
-    for other in (run(True, False), run(False, True), run(True, True)):
-        for expected, found in zip(plain, other):
-            assert torch.allclose(expected, found, rtol=1e-3, atol=1e-4)
-    assert not torch.equal(plain[0][3], plain[0][49])  # each update has draws of its own
+    losses, parameters = run(False)
+    for compiled, per_graph in ((True, 0), (False, 1), (True, 1), (False, 5), (True, 5)):
+        found = run(compiled, per_graph)
+        every = max(per_graph, 1)
+        assert torch.allclose(losses[every - 1 :: every], found[0], rtol=1e-3, atol=1e-4)
+        assert torch.allclose(parameters, found[1], rtol=1e-3, atol=1e-4)
+    assert not torch.equal(losses[3], losses[49])  # each update has draws of its own

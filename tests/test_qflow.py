@@ -300,11 +300,11 @@ def test_the_same_seed_gives_the_same_curve(tmp_path):
     dataset, _ = common.load_dataset(path, env_id, "cpu")
     args = dict(SMALL, horizon=2, offline_steps=25, eval_interval=10, log_interval=5)
 
-    def run(seed, disturb):
+    def run(seed, disturb, **changes):
         torch.manual_seed(disturb)
         np.random.seed(disturb)
         folder = common.Run(tmp_path, f"run{seed}{disturb}", {})
-        settings = qflow.Args(seed=seed, eval_episodes=3, **args)
+        settings = qflow.Args(seed=seed, eval_episodes=3, **(args | changes))
         make = lambda: gymnasium.make(env_id, max_episode_steps=60)
         envs = common.make_envs(make, 2)
         nets = qflow.train(settings, dataset, envs, folder)
@@ -321,6 +321,9 @@ def test_the_same_seed_gives_the_same_curve(tmp_path):
     files, nets, folder = run(0, 1)
     again, _, _ = run(0, 2)
     other, _, _ = run(1, 1)
+    one_at_a_time, its_nets, _ = run(0, 3, log_interval=4)  # of the others five at a time
+    assert one_at_a_time["eval.csv"] == files["eval.csv"]
+    assert all(torch.equal(x, y) for x, y in zip(nets.parameters(), its_nets.parameters()))
     assert files == again and files["train.csv"] != other["train.csv"]
     assert [row["step"] for row in files["train.csv"]] == ["5", "10", "15", "20", "25"]
     assert [row["step"] for row in files["eval.csv"]] == ["10", "20", "25"]
