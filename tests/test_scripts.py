@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,6 +126,23 @@ def test_the_default_runs_and_leaves_its_results(tmp_path):
     header = "step,critic_loss,q_mean,q_min,q_max,flow_loss,distill_loss,q_loss,time_updates_per_s"
     assert (folder / "train.csv").read_text().startswith(f"{header}\n20,")
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 60
+
+
+def test_antmaze_on_data_collected_with_an_expert(tmp_path):
+    name = "antmaze-large-navigate-v0"
+    result = start(tmp_path, "results/collect_antmaze.py", name, "--transitions", "1")
+    assert result.returncode == 0, result.stderr
+    (path,) = tmp_path.iterdir()
+    with np.load(path) as data:
+        paths = data["observations"][:, :2].reshape(10, 1001, 2)
+    walked = np.abs(np.diff(paths[:, ::50], axis=1)).sum((1, 2))  # a cell of the maze is 4 wide
+    assert np.median(walked) > 40, walked
+
+    flags = "--hidden 8 8 --offline-steps 4 --eval-episodes 1".split()
+    result = start(tmp_path, "qflow.py", "--env", name, "--dataset", path.name, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "10000 transitions, 10 episodes" in result.stdout
+    assert "10 episodes, seed 0; not the official file" in result.stdout
 
 
 def test_sac_flow_runs_online(tmp_path):

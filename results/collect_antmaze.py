@@ -1,0 +1,104 @@
+"""Collects an antmaze-*-navigate dataset by OGBench's protocol, in the layout of its files.
+
+    python results/collect_antmaze.py antmaze-large-navigate-v0
+
+An episode starts in a random cell and goes to one random goal after the other (hallways are no
+goals), along the environment's own shortest paths. A SAC expert for online-ant-xy-v0, whose weights
+are beside this file, walks in the direction that it is told, with Gaussian noise of 0.2 on the
+actions. This is not the official file: say so beside every number that comes from it.
+A million transitions take four minutes on two cores.
+"""
+
+import io
+import multiprocessing
+import re
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
+
+PART = 10  # episodes that share a seed
+
+
+@dataclass
+class Args:
+    name: tyro.conf.Positional[str]
+    """antmaze-MAZE-navigate-v0, MAZE medium, large, giant or teleport"""
+    out: Path = Path(".")
+    """folder for NAME.npz"""
+    transitions: int = 1_000_000
+    """rounded up to 10 episodes of 1,000, in giant mazes 2,000"""
+    seed: int = 0
+    """of everything random"""
+
+
+def expert(obs, direction, weights):
+    """The mean action of the expert (8,), for an observation (29,) whose x and y do not count."""
+    x = np.concatenate([obs[2:], direction]).astype(np.float32)
+    for i in range(2):
+        x = x @ weights[f"dense{i}/kernel"] + weights[f"dense{i}/bias"]
+        x = 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+    return np.tanh(x @ weights["dense2/kernel"] + weights["dense2/bias"])
+
+
+def collect(job):
+    """Ten episodes (environment id, steps, seed), name -> rows."""
+    env_id, steps, seed = job
+    weights = dict(np.load(Path(__file__).with_name("ant_xy_sac.npz")))
+    rng = np.random.default_rng(seed)
+    np.random.seed(int(rng.integers(2**31)))  # OGBench's noise at the start of an episode
+    rows = []
+    with gymnasium.make(env_id, terminate_at_goal=False, max_episode_steps=steps) as env:
+        maze = env.unwrapped
+        free = maze.maze_map == 0
+        up, down, left, right = (np.roll(free, s, axis) for axis in (0, 1) for s in (1, -1))
+        goals = free & ~((up == down) & (left == right) & (up != left))
+        cells, goals = np.argwhere(free), np.argwhere(goals)
+        pick = lambda cells: tuple(cells[rng.integers(len(cells))])
+        env.reset(seed=int(rng.integers(2**31)))
+        for _ in range(PART):
+            task_info = dict(init_ij=pick(cells), goal_ij=pick(goals))
+            obs, _ = env.reset(options=dict(task_info=task_info))
+            for _ in range(steps):
+                xy = maze.get_xy()
+                direction = maze.get_oracle_subgoal(xy, maze.cur_goal_xy)[0] - xy
+                direction /= np.linalg.norm(direction) + 1e-6
+                action = expert(obs, direction, weights)
+                action = np.clip(action + rng.normal(0, 0.2, action.shape), -1, 1)
+                next_obs, _, _, done, info = env.step(action)
+                rows.append((obs, action, done, info["prev_qpos"], info["prev_qvel"]))
+                obs = next_obs
+                if info["success"]:
+                    maze.set_goal(pick(goals))
+    names = "observations", "actions", "terminals", "qpos", "qvel"
+    return {k: np.array(column, np.float32) for k, column in zip(names, zip(*rows))}
+
+
+def main():
+    args = tyro.cli(Args, description=__doc__)
+    if not re.fullmatch("antmaze-(medium|large|giant|teleport)-navigate-v0", args.name):
+        raise common.UserError(f"{args.name}: MAZE is medium, large, giant or teleport")
+    steps = 2001 if "giant" in args.name else 1001
+    env_id = args.name.replace("-navigate", "")
+    parts = -(-args.transitions // (PART * (steps - 1)))
+    jobs = [(env_id, steps, [args.seed, i]) for i in range(parts)]
+    with multiprocessing.Pool(None, common.quiet, (signal.SIG_DFL,)) as pool:
+        results = list(tqdm(pool.imap(collect, jobs), args.name, parts, unit=" parts"))
+    data = {k: np.concatenate([part[k] for part in results]) for k in results[0]}
+    data["terminals"] = data["terminals"].astype(bool)
+    text = f"collected by OGBench's protocol, {parts * PART} episodes, seed {args.seed}"
+    np.savez_compressed(file := io.BytesIO(), source=f"{text}; not the official file", **data)
+    args.out.mkdir(parents=True, exist_ok=True)
+    common.write(args.out / f"{args.name}.npz", file.getbuffer())
+
+
+if __name__ == "__main__":
+    common.cli(main)
