@@ -280,7 +280,7 @@ class Dataset:
 
     NumPy arrays: observations (M, O); actions (M, A) in [-1, 1]; rewards (M,); masks (M,), 0 where
     s is terminal and its value therefore r alone; valids (M,), 0 in the last row of an episode,
-    which is only there for its observation. Others are only checked. Raises ValueError.
+    which is only there for its observation. Others are checked and dropped. Raises ValueError.
     """
 
     def __init__(self, observations, actions, rewards, masks, valids, device="cpu", **others):

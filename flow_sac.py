@@ -9,8 +9,8 @@ networks, known from recurrent networks, keep it in bounds; a plain one is there
     flow-t   v = Transformer decoder of (x, t)      with the state as its memory
     naive    v = MLP(s, x, t)
 
-SAC also needs log pi(a | s). So each step becomes Gaussian, with a drift that leaves the
-distribution of every x_i as it was, and the log-density of the whole path stands in for log pi:
+SAC also needs log pi(a | s). So each step becomes Gaussian, with a drift that, as K grows, leaves
+the distribution of every x_i as it was, and the whole path's log-density stands in for log pi:
 
     x_{i+1} = x_i + (v + sigma^2 / 2 * score) dt + sigma sqrt(dt) eps,  score = (t v - x) / (1 - t)
 
@@ -81,7 +81,7 @@ class Args:
     init_temperature: float = 0.2
     """weight of the entropy at the start; it is tuned from there"""
     target_entropy: float = 0.0
-    """path entropy that the temperature is tuned to; 0 is for K = 4, above 16 it is out of reach"""
+    """path entropy that the temperature is tuned to; 0 is for K = 4, from K = 20 on out of reach"""
     eval_interval: int = 20_000
     """environment steps between evaluations (there is always one at the end)"""
     eval_episodes: int = 50
@@ -553,7 +553,8 @@ class ReplayBuffer:
         return dict(count=self.count, rows=self.rows[: self.count].clone())
 
     def load_state_dict(self, state):
-        self.count, self.rows[: len(state["rows"])] = state["count"], state["rows"]
+        rows = state["rows"][: len(self.rows)]  # not all, if --online-steps was lowered
+        self.count, self.rows[: len(rows)] = state["count"], rows
 
 
 def train(args, device, envs, eval_envs, run):

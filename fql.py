@@ -10,7 +10,7 @@ gradient has to pass through that one step only. Three networks, in this file's 
 
     critic    Q(s, a)       ->  r + discount * mask * Q'(s', a'),  a' from the policy, Q' the target
     velocity  v(s, x_t, t)  ->  x_1 - x_0,  x_1 from the dataset
-    one_step  mu(s, z)      ->  alpha * |mu(s, z) - flow's end from z|^2 - Q(s, mu(s, z)), minimised
+    one_step  mu(s, z)      ->  minimum of  alpha * mean (mu - flow's end from z)^2 - Q(s, clip(mu))
 
 Park, Li, Levine: Flow Q-Learning, ICML 2025, https://arxiv.org/abs/2502.02538
 
@@ -85,7 +85,7 @@ class Args:
     video: bool = False
     """with --evaluate: film three of the episodes, into that folder"""
     compile: bool = False
-    """compile the losses (half a minute); on CUDA ten whole updates become one CUDA graph"""
+    """compile the losses (half a minute); on CUDA up to ten updates become one CUDA graph"""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
     """of torch; auto: TF32 (high) on CUDA, on CPUs the fastest that is as exact as float32"""
 
@@ -321,7 +321,7 @@ def update(nets, optimizer, batch, draws, args, loss=total_loss):
     total, metrics = loss(nets, batch, draws, args)
     optimizer.zero_grad()
     total.backward()
-    with torch.no_grad():  # before Adam: the target mixes in the critic that it was compared with
+    with torch.no_grad():  # before Adam: the target mixes in the critic of before this step
         for target, online in zip(nets.target_critic.parameters(), nets.critic.parameters()):
             target.mul_(1 - args.tau).add_(online, alpha=args.tau)
     optimizer.step()
@@ -409,7 +409,7 @@ def capture(function, generator):
 
 
 def train(args, dataset, envs, run):
-    """Train on `dataset`, evaluate in `envs`, write to `run`; returns the networks."""
+    """Train on `dataset`, `evaluate` in `envs`, write to `run`; returns the networks."""
     device = dataset.actions.device
     torch.manual_seed(args.seed + 2**31)  # for the networks; not the generator's random numbers
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -420,7 +420,7 @@ def train(args, dataset, envs, run):
     loss = torch.compile(total_loss, fullgraph=True) if args.compile else total_loss
     parts = dict(nets=nets, optimizer=optimizer, generator=generator)  # what a checkpoint keeps
     start = run.restore(parts)["step"]
-    # Ten updates at a time, or fewer if something is due between them: one call, one CUDA graph.
+    # Updates per call, in one CUDA graph: up to ten, so that what is due falls between two calls.
     stride = math.gcd(10, start, args.offline_steps, args.eval_interval, args.log_interval)
 
     def updates():

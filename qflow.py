@@ -86,7 +86,7 @@ class Args:
     video: bool = False
     """with --evaluate: film three of the episodes, into that folder"""
     compile: bool = False
-    """compile the losses (half a minute); on CUDA ten whole updates become one CUDA graph"""
+    """compile the losses (half a minute); on CUDA up to ten updates become one CUDA graph"""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
     """of torch; auto: TF32 (high) on CUDA, on CPUs the fastest that is as exact as float32"""
 
@@ -289,7 +289,10 @@ def critic_loss(nets, batch, target):
 
 
 def value_loss(nets, batch, xt, t, target, args):
-    """Flow consistency: a point on the flow is worth what its end is worth, the target (B,)."""
+    """Flow consistency: a point on the flow is worth what its end is worth, the target (B,).
+
+    With q_agg min only the smaller of the two predictions learns.
+    """
     v = aggregate(nets.value(batch.observations, xt, t), args.q_agg)
     loss = (batch.valid[:, -1] * (v - target) ** 2).mean()
     return loss, dict(value_loss=loss)
@@ -331,7 +334,7 @@ def update(nets, optimizer, batch, draws, args, loss=total_loss):
     total, metrics = loss(nets, batch, draws, args)
     optimizer.zero_grad()
     total.backward()
-    with torch.no_grad():  # before Adam: the target mixes in the critic that it was compared with
+    with torch.no_grad():  # before Adam: the target mixes in the critic of before this step
         for target, online in zip(nets.target_critic.parameters(), nets.critic.parameters()):
             target.mul_(1 - args.tau).add_(online, alpha=args.tau)
     optimizer.step()
@@ -419,7 +422,7 @@ def capture(function, generator):
 
 
 def train(args, dataset, envs, run):
-    """Train on `dataset`, evaluate in `envs`, write to `run`; returns the networks."""
+    """Train on `dataset`, `evaluate` in `envs`, write to `run`; returns the networks."""
     device = dataset.actions.device
     torch.manual_seed(args.seed + 2**31)  # for the networks; not the generator's random numbers
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -430,7 +433,7 @@ def train(args, dataset, envs, run):
     loss = torch.compile(total_loss, fullgraph=True) if args.compile else total_loss
     parts = dict(nets=nets, optimizer=optimizer, generator=generator)  # what a checkpoint keeps
     start = run.restore(parts)["step"]
-    # Ten updates at a time, or fewer if something is due between them: one call, one CUDA graph.
+    # Updates per call, in one CUDA graph: up to ten, so that what is due falls between two calls.
     stride = math.gcd(10, start, args.offline_steps, args.eval_interval, args.log_interval)
 
     def updates():

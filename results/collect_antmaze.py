@@ -35,7 +35,7 @@ class Args:
     out: Path = Path(".")
     """folder for NAME.npz"""
     transitions: int = 1_000_000
-    """rounded up to 10 episodes of 1,000, in giant mazes 2,000"""
+    """rounded up to a multiple of 10 episodes (10,000 steps, in giant mazes 20,000)"""
     seed: int = 0
     """of everything random"""
 

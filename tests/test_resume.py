@@ -164,6 +164,9 @@ def test_steps_may_be_added_and_intervals_changed(script, home, whole, tmp_path)
     assert rows(folder, "eval.csv")[-1][0] == str(end)
     saved = common.json.loads((folder / "config.json").read_text())["args"]
     assert saved[steps.replace("-", "_")] == end and saved["eval_interval"] == end
+    before = rows(folder, "eval.csv")
+    out = finish(start(home, script, "--resume", folder, f"--{steps}", end // 2))
+    assert "mean of the last 3 evaluations" in out and rows(folder, "eval.csv") == before
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(home, whole, tmp_path):
