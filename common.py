@@ -445,7 +445,6 @@ def collect_episode(job):
         up, down, left, right = (np.roll(free, s, axis) for axis in (0, 1) for s in (1, -1))
         goals = free & ~((up == down) & (left == right) & (up != left))
         pick = lambda cells: tuple(rng.choice(np.argwhere(cells)))
-        env.action_space.seed(number)
         task_info = dict(init_ij=pick(free), goal_ij=pick(goals))
         obs, _ = env.reset(seed=number, options=dict(task_info=task_info))
         rows = []
