@@ -6,7 +6,7 @@ An episode starts in a random cell and goes to one random goal after the other (
 goals), along the environment's own shortest paths. A SAC expert for online-ant-xy-v0, whose weights
 are beside this file, walks in the direction that it is told, with Gaussian noise of 0.2 on the
 actions. This is not the official file: say so beside every number that comes from it.
-A million transitions take four minutes on two cores.
+A million transitions of antmaze-large took 208 s on two cores.
 """
 
 import io
@@ -88,7 +88,7 @@ def main():
         raise common.UserError(f"{args.name}: MAZE is medium, large, giant or teleport")
     steps = 2001 if "giant" in args.name else 1001
     env_id = args.name.replace("-navigate", "")
-    parts = -(-args.transitions // (PART * (steps - 1)))
+    parts = max(1, -(-args.transitions // (PART * (steps - 1))))
     jobs = [(env_id, steps, [args.seed, i]) for i in range(parts)]
     with multiprocessing.Pool(None, common.quiet, (signal.SIG_DFL,)) as pool:
         results = list(tqdm(pool.imap(collect, jobs), args.name, parts, unit=" parts"))
