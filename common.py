@@ -295,8 +295,10 @@ class Dataset:
             raise ValueError("no transitions, no end in the last row, or actions beyond [-1, 1]")
         kept = [torch.as_tensor(np.asarray(x, np.float32), device=device) for x in kept.values()]
         self.observations, self.actions, self.rewards, self.masks, self.valids = kept
-        self.rows = self.valids.nonzero().squeeze(1)  # (N,) of the transitions
-        self.episodes = len(valids) - len(self.rows)
+        rows = np.flatnonzero(valids)  # (N,) of the transitions
+        self.rows = torch.as_tensor(rows, device=device)
+        self.count = torch.tensor(len(rows), dtype=torch.float64, device=device)
+        self.episodes = len(valids) - len(rows)
 
     def __len__(self):
         return len(self.rows)
@@ -319,8 +321,9 @@ class Dataset:
 
     def sample(self, batch_size, horizon=1, discount=1.0, generator=None):
         """Batch of chunks with uniformly drawn starts; never waits for the device."""
-        starts, device = len(self) - horizon + 1, self.actions.device
-        starts = torch.randint(starts, (batch_size,), device=device, generator=generator)
+        device = self.actions.device
+        u = torch.rand(batch_size, dtype=torch.float64, device=device, generator=generator)
+        starts = (u * (self.count - horizon + 1)).long()
         return self.chunks(starts, horizon, discount)
 
 
