@@ -1,12 +1,14 @@
 """FQL: offline RL with a flow that imitates and a one-step policy that improves on it.
 
 A flow policy turns noise x_0 ~ N(0, I) into an action x_1 by following a velocity field v(s, x, t)
-from t = 0 to t = 1. To imitate a dataset is a regression, called flow matching. To improve on the
-dataset usually means to differentiate Q through every step of the solver: costly and unstable.
+from t = 0 to t = 1. Imitating the dataset is a regression problem, called flow matching. Improving
+on the dataset usually means differentiating Q through every step of the solver, which is costly and
+unstable.
 
-FQL does without. The flow only imitates. A second network mu(s, z) maps noise to an action in one
-step and is the policy: it learns from the flow to stay with the data, and from the critic, whose
-gradient has to pass through that one step only. Three networks, in this file's letters:
+FQL avoids this. The flow only imitates. A second network mu(s, z) maps noise to an action in one
+step, and this is the policy: the flow teaches it to stay close to the data, the critic to improve,
+and the critic's gradient passes through that one step only. Three networks, in this file's
+notation:
 
     critic    Q(s, a)       ->  r + discount * mask * Q'(s', a'),  a' from the policy, Q' the target
     velocity  v(s, x_t, t)  ->  x_1 - x_0,  x_1 from the dataset
@@ -14,22 +16,31 @@ gradient has to pass through that one step only. Three networks, in this file's 
 
 Park, Li, Levine: Flow Q-Learning, ICML 2025, https://arxiv.org/abs/2502.02538
 
-    python fql.py                                    # pointmaze on data collected on the spot
+    python fql.py                                    # pointmaze, on data collected on the spot
     python fql.py --env antmaze-giant-navigate-v0    # with the paper's settings
 """
 
 import copy
 import math
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import gymnasium
+import imageio
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import tyro
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
 import common
 
@@ -40,14 +51,14 @@ class Args:
     """OGBench dataset: NAME-v0, NAME-singletask-v0 or NAME-singletask-taskN-v0"""
     task: int = 0
     """task of the environment, 1 to 5; 0 is OGBench's default task"""
-    dataset: Path | None = None
-    """file in OGBench's layout; None: the official one (pointmaze-*-navigate: collected here)"""
+    dataset: str = ""
+    """npz file in OGBench's layout; default: the official one (pointmaze-*-navigate: collected)"""
     dataset_url: str = ""
     """folder or npz file to download from instead of OGBench's host"""
     seed: int = 0
-    """seeds networks, batches, noise and evaluation"""
+    """seed of weights, batches, noise and evaluation episodes"""
     device: str = "auto"
-    """auto (CUDA if there is one), cpu, cuda or cuda:N"""
+    """auto (CUDA if available), cpu, cuda or cuda:N"""
     offline_steps: int = 1_000_000
     """number of updates"""
     batch_size: int = 256
@@ -59,42 +70,73 @@ class Args:
     tau: float = 0.005
     """Polyak rate of the target critic"""
     hidden: tuple[int, ...] = (512, 512, 512, 512)
-    """widths of the hidden layers of every network"""
+    """widths of the hidden layers, in every network"""
     flow_steps: int = 10
-    """K, Euler steps from noise to action"""
+    """K, number of Euler steps from noise to action"""
     q_agg: Literal["mean", "min"] = "mean"
-    """how two critics become one value"""
+    """how the ensemble of two is aggregated in the targets"""
     horizon: int = 1
-    """h, actions per decision, executed open loop (1: no chunks)"""
+    """h, actions per chunk, executed open loop (1: no chunks)"""
     alpha: float = 10.0
-    """the pull of the data: weight of the distance between policy and flow"""
+    """strength of the regularisation towards the data: weight of the distillation loss"""
     normalize_q_loss: bool = False
-    """divide the Q loss by the mean |Q|; on a new environment, then try alpha 0.03 to 10"""
+    """divide the Q loss by the mean |Q|; advised on new environments, with alpha from 0.03 to 10"""
     eval_interval: int = 100_000
-    """updates between evaluations (there is always one at the end)"""
+    """updates between evaluations (the last update is always evaluated)"""
     eval_episodes: int = 50
     """episodes per evaluation"""
     log_interval: int = 500
     """updates between rows of train.csv"""
-    run_dir: Path = Path("runs")
-    """the run's folder is made in here"""
-    resume: Path | None = None
-    """folder of a run to go on with; steps and intervals may be changed"""
-    evaluate: Path | None = None
-    """folder of a run to evaluate, on --eval-episodes, instead of training"""
+    run_dir: str = "runs"
+    """where the run's folder is created"""
+    resume: str = ""
+    """run folder to resume; the number of steps and the intervals may be changed"""
+    evaluate: str = ""
+    """run folder to evaluate, for --eval-episodes, instead of training"""
     video: bool = False
-    """with --evaluate: film three of the episodes, into that folder"""
+    """with --evaluate: write three episodes to evaluation.gif in that folder"""
+    track: bool = False
+    """log to Weights & Biases too (pip install wandb; WANDB_PROJECT and WANDB_ENTITY apply)"""
     compile: bool = False
-    """compile the losses (half a minute); on CUDA up to ten updates become one CUDA graph"""
+    """compile the losses (takes a minute); on CUDA, also capture the update as one CUDA graph"""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """of torch; auto: TF32 (high) on CUDA, on CPUs the fastest that is as exact as float32"""
+    """see torch.set_float32_matmul_precision; auto: TF32 on CUDA, fastest float32 on CPU"""
 
 
-# Defaults per environment: the paper's, and for pointmaze our own, small enough for a laptop.
+def check_args(args):
+    """Raise UserError for a value that cannot work."""
+
+    def require(condition, name, rule):
+        if not condition:
+            flag = name.replace("_", "-")
+            raise common.UserError(f"--{flag} {getattr(args, name)}: must be {rule}")
+
+    for name in ("batch_size", "offline_steps", "eval_interval", "eval_episodes", "log_interval"):
+        require(1 <= getattr(args, name) <= 1e9, name, "between 1 and 1e9")
+    for name in ("flow_steps", "horizon"):
+        require(1 <= getattr(args, name) <= 1000, name, "between 1 and 1000")
+    for name in ("discount", "tau"):
+        require(0 < getattr(args, name) <= 1, name, "above 0 and at most 1")
+    for name in ("lr", "alpha"):
+        require(1e-12 <= getattr(args, name) <= 1e12, name, "positive")
+    require(0 <= args.seed < 2**31, "seed", "between 0 and 2**31 - 1")
+    require(len(args.hidden) > 0, "hidden", "at least one width")
+    require(1 <= min(args.hidden) <= max(args.hidden) <= 10_000, "hidden", "between 1 and 10000")
+
+
+# Defaults per environment: the paper's; for pointmaze our own, small enough for a laptop.
 SETTINGS = {
     "pointmaze": dict(
-        **dict(alpha=16.0, q_agg="min", discount=0.996, horizon=2, flow_steps=5),
-        **dict(offline_steps=38_000, eval_interval=3_800, lr=1.5e-3, tau=0.07, hidden=(128,) * 4),
+        alpha=16.0,
+        q_agg="min",
+        discount=0.996,
+        horizon=2,
+        flow_steps=5,
+        offline_steps=38_000,
+        eval_interval=3_800,
+        lr=1.5e-3,
+        tau=0.07,
+        hidden=(128, 128, 128, 128),
     ),
     "antmaze-large-navigate": dict(alpha=10.0, q_agg="min", discount=0.99),
     "antmaze-giant-navigate": dict(alpha=10.0, q_agg="min", discount=0.995),
@@ -123,7 +165,8 @@ class EnsembleLinear(nn.Module):
             nn.init.xavier_uniform_(weight)
 
     def forward(self, x):
-        return torch.bmm(x.expand(len(self.weight), -1, -1), self.weight).add_(self.bias)
+        x = x.expand(len(self.weight), -1, -1)
+        return torch.bmm(x, self.weight).add_(self.bias)
 
 
 class EnsembleLayerNorm(nn.Module):
@@ -135,33 +178,42 @@ class EnsembleLayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(ensemble, 1, dim))
 
     def forward(self, x):
-        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=1e-6), self.scale)
+        normalised = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        return torch.addcmul(self.bias, normalised, self.scale)
 
 
 class GELU(nn.Module):
-    """tanh's GELU; on CPUs, without gradients or compiled, as x * sigmoid(2u): the same, sooner."""
+    """The tanh approximation of GELU.
+
+    On CPUs torch's tanh is slow and its sigmoid is fast, so that x * sigmoid(2u), the same function
+    as x / 2 * (1 + tanh(u)), is faster. Not where gradients are needed: more is kept for them.
+    """
 
     def forward(self, x):
-        if x.is_cuda or torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        needs_gradient = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if x.is_cuda or needs_gradient:
             return F.gelu(x, approximate="tanh")
         two_u = torch.addcmul(x, x * x, x, value=0.044715).mul_((8 / torch.pi) ** 0.5)
         return x * two_u.sigmoid_()
 
 
 class MLP(nn.Sequential):
-    """(B, in) -> (ensemble, B, out); each hidden layer is Linear, GELU and perhaps LayerNorm."""
+    """(B, in) -> (ensemble, B, out); hidden layers are linear, GELU and, if asked, LayerNorm."""
 
     def __init__(self, in_dim, hidden, out_dim, ensemble=1, layer_norm=False):
         layers = []
         for width in hidden:
-            layers += [EnsembleLinear(in_dim, width, ensemble), GELU()]
-            layers += [EnsembleLayerNorm(width, ensemble)] if layer_norm else []
+            layers.append(EnsembleLinear(in_dim, width, ensemble))
+            layers.append(GELU())
+            if layer_norm:
+                layers.append(EnsembleLayerNorm(width, ensemble))
             in_dim = width
-        super().__init__(*layers, EnsembleLinear(in_dim, out_dim, ensemble))
+        layers.append(EnsembleLinear(in_dim, out_dim, ensemble))
+        super().__init__(*layers)
 
 
 class Critic(nn.Module):
-    """Q(s, a), two of them: (B, O), (B, A) -> (2, B)."""
+    """Q(s, a), an ensemble of two: (B, O), (B, A) -> (2, B)."""
 
     def __init__(self, obs_dim, action_dim, hidden):
         super().__init__()
@@ -172,7 +224,7 @@ class Critic(nn.Module):
 
 
 class Velocity(nn.Module):
-    """v(s, x_t, t), the flow policy: (B, O), (B, A), (B, 1) -> (B, A)."""
+    """v(s, x_t, t), the velocity field of the flow: (B, O), (B, A), (B, 1) -> (B, A)."""
 
     def __init__(self, obs_dim, action_dim, hidden):
         super().__init__()
@@ -183,7 +235,7 @@ class Velocity(nn.Module):
 
 
 class OneStep(nn.Module):
-    """mu(s, z), noise to action in one step: (B, O), (B, A) -> (B, A), not clipped."""
+    """mu(s, z), from noise to action in one step: (B, O), (B, A) -> (B, A), not clipped."""
 
     def __init__(self, obs_dim, action_dim, hidden):
         super().__init__()
@@ -194,11 +246,11 @@ class OneStep(nn.Module):
 
 
 class Networks(nn.Module):
-    """All that is trained, and the target critic. action_dim counts every action of a chunk."""
+    """The trainable networks and the target critic; action_dim is that of a whole chunk, h * A."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.sizes = obs_dim, action_dim
+        self.sizes = (obs_dim, action_dim)
         self.critic = Critic(obs_dim, action_dim, args.hidden)
         self.velocity = Velocity(obs_dim, action_dim, args.hidden)
         self.one_step = OneStep(obs_dim, action_dim, args.hidden)
@@ -209,10 +261,10 @@ class Networks(nn.Module):
 
 
 def rollout(velocity, obs, x, t, flow_steps):
-    """Follow the flow from (x, t) to time 1 in K Euler steps, then clip to [-1, 1].
+    """Follow the flow from (x, t) to time 1 with K Euler steps, then clip to [-1, 1].
 
-    From t = 0 these are K steps of 1 / K; from t > 0 the flow arrives early, and the steps left
-    have length 0. (B, O), (B, A), (B, 1) -> (B, A).
+    From t = 0 these are K steps of size 1 / K. From t > 0 the flow arrives early, and the remaining
+    steps have size 0. (B, O), (B, A), (B, 1) -> (B, A).
     """
     for _ in range(flow_steps):
         dt = (1 - t).clamp(0, 1 / flow_steps)
@@ -230,11 +282,11 @@ def sample_actions(nets, obs, x0, args):
 #
 # A batch has observations (B, O), actions (B, h * A), rewards (B,) summed over the chunk, masks
 # (B,) that are 0 where the task is solved, next_observations (B, O), and valid (B, h) that is 0
-# for steps after the episode's end. A chunk whose last step is not valid has weight 0 in TD.
+# for steps after the end of the episode. A chunk whose last step is not valid has weight 0 in TD.
 
 
 class Draws(NamedTuple):
-    """All randomness of an update: x0, z ~ N(0, I) of shape (B, A), t ~ U(0, 1) of shape (B, 1)."""
+    """All random numbers of an update: x0, z ~ N(0, I), (B, A), and t ~ U(0, 1), (B, 1)."""
 
     next_z: torch.Tensor
     flow_x0: torch.Tensor
@@ -246,18 +298,18 @@ def draw(actions, generator):
     """Draws for a batch with these actions."""
     x0 = torch.randn(3, *actions.shape, device=actions.device, generator=generator)
     t = torch.rand(len(actions), 1, device=actions.device, generator=generator)
-    return Draws(x0[0], x0[1], t, x0[2])
+    return Draws(next_z=x0[0], flow_x0=x0[1], flow_t=t, policy_z=x0[2])
 
 
 def aggregate(q, q_agg):
-    """One value out of two: (2, B) -> (B,)."""
+    """One value from the ensemble: (2, B) -> (B,)."""
     return q.mean(0) if q_agg == "mean" else q.amin(0)
 
 
 @torch.no_grad()
-def critic_target(nets, batch, x0, args):
+def critic_target(nets, batch, z, args):
     """r + discount^h * mask * Q'(s', a'), with a' from the current policy: (B,)."""
-    next_actions = sample_actions(nets, batch.next_observations, x0, args)
+    next_actions = sample_actions(nets, batch.next_observations, z, args)
     next_q = aggregate(nets.target_critic(batch.next_observations, next_actions), args.q_agg)
     return batch.rewards + args.discount**args.horizon * batch.masks * next_q
 
@@ -282,24 +334,26 @@ def flow_loss(nets, batch, x0, t):
 
 
 def policy_loss(nets, batch, z, args):
-    """The one-step policy: distance to the flow's action from the same noise, and -Q."""
+    """The one-step policy: distillation of the flow's action from the same noise, and -Q."""
     obs = batch.observations
     actions = nets.one_step(obs, z)
     with torch.no_grad():
         flow_actions = rollout(nets.velocity, obs, z, torch.zeros_like(z[:, :1]), args.flow_steps)
-    distill = ((actions - flow_actions) ** 2).mean()
-    # The action's gradient passes through the critic, the critic's own parameters get none.
+    distill_loss = ((actions - flow_actions) ** 2).mean()
+    # The action's gradient passes through the critic; the critic's own parameters get none.
     frozen = {name: p.detach() for name, p in nets.critic.named_parameters()}
     q = torch.func.functional_call(nets.critic, frozen, (obs, actions.clamp(-1, 1))).mean(0)
     q_loss = -q.mean()
     if args.normalize_q_loss:
         q_loss = q_loss / q.abs().mean().detach()
-    return args.alpha * distill + q_loss, dict(distill_loss=distill, q_loss=q_loss)
+    loss = args.alpha * distill_loss + q_loss
+    return loss, dict(distill_loss=distill_loss, q_loss=q_loss)
 
 
 def total_loss(nets, batch, draws, args):
-    """The sum of the losses. Each has gradients for its own network only."""
-    critic, critic_log = critic_loss(nets, batch, critic_target(nets, batch, draws.next_z, args))
+    """The sum of the losses; each has gradients for its own network only."""
+    target = critic_target(nets, batch, draws.next_z, args)
+    critic, critic_log = critic_loss(nets, batch, target)
     flow, flow_log = flow_loss(nets, batch, draws.flow_x0, draws.flow_t)
     policy, policy_log = policy_loss(nets, batch, draws.policy_z, args)
     metrics = {**critic_log, **flow_log, **policy_log}
@@ -310,7 +364,7 @@ def total_loss(nets, batch, draws, args):
 
 
 def make_optimizer(nets, args):
-    """One Adam for all that learns, which the target critic does not."""
+    """One Adam for all networks but the target critic."""
     parameters = [p for p in nets.parameters() if p.requires_grad]
     on_cuda = parameters[0].is_cuda
     return torch.optim.Adam(parameters, lr=args.lr, eps=1e-8, fused=True, capturable=on_cuda)
@@ -321,7 +375,7 @@ def update(nets, optimizer, batch, draws, args, loss=total_loss):
     total, metrics = loss(nets, batch, draws, args)
     optimizer.zero_grad()
     total.backward()
-    with torch.no_grad():  # before Adam: the target mixes in the critic of before this step
+    with torch.no_grad():  # before Adam: the target mixes in the critic from before this step
         for target, online in zip(nets.target_critic.parameters(), nets.critic.parameters()):
             target.mul_(1 - args.tau).add_(online, alpha=args.tau)
     optimizer.step()
@@ -331,162 +385,396 @@ def update(nets, optimizer, batch, draws, args, loss=total_loss):
 # ----------------------------------------------------------------------------------- evaluation
 
 
+def saved_args(state):
+    """The settings in a checkpoint as Args."""
+    saved = dict(state["config"]["args"])
+    if saved.keys() != vars(Args()).keys():
+        raise common.UserError("the run was made by another version of this script")
+    saved["hidden"] = tuple(saved["hidden"])  # JSON has lists only
+    return Args(**saved)
+
+
 def load(folder, device="cpu"):
-    """Networks and settings of the run in a folder, for `act`."""
-    args, state = common.read_run(Args, folder)
-    with common.reading(folder):
-        nets = Networks(*state["sizes"], args).to(device)
-        nets.load_state_dict(state["nets"])
+    """Networks and settings of the run in a folder, for `act`. Raises UserError."""
+    state = common.read_checkpoint(folder, Path(__file__).name)
+    if "nets" not in state:
+        raise common.UserError(f"{folder}: was stopped before its first checkpoint")
+    args = saved_args(state)
+    nets = Networks(*state["sizes"], args).to(device)
+    nets.load_state_dict(state["nets"])
     return nets, args
 
 
 @torch.no_grad()
 def act(nets, obs, args, generator=None):
     """The policy on NumPy arrays: observations (N, O) -> the next h actions (N, h, A)."""
-    device, shape = next(nets.parameters()).device, (len(obs), nets.sizes[1])
-    x0 = torch.randn(shape, device=device, generator=generator)
+    obs_dim, action_dim = nets.sizes
+    device = next(nets.parameters()).device
+    x0 = torch.randn(len(obs), action_dim, device=device, generator=generator)
     obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-    return sample_actions(nets, obs, x0, args).view(len(obs), args.horizon, -1).cpu().numpy()
+    actions = sample_actions(nets, obs, x0, args)
+    return actions.view(len(obs), args.horizon, -1).cpu().numpy()
 
 
-def evaluate(policy, envs, episodes, horizon, seed):
-    """Success (NaN if the environment has none), return and length, arrays (episodes,).
+def evaluate(policy, envs, num_episodes, horizon, seed):
+    """Success (NaN if the environment has none), return and length: arrays (num_episodes,).
 
     policy: observations (N, O) -> actions (N, horizon, A), as NumPy arrays. envs: N environments
-    with autoreset mode SAME_STEP. Each runs a fixed share of the episodes: those that finish first
-    anywhere would mostly be the short, successful ones.
+    with autoreset mode SAME_STEP. Each plays a fixed share of the episodes: the first ones to
+    finish, wherever they are, would be the short, successful ones.
     """
     n = envs.num_envs
-    quota = np.full(n, episodes // n)
-    quota[: episodes % n] += 1
+    episodes_left = np.full(n, num_episodes // n)
+    episodes_left[: num_episodes % n] += 1
     obs, _ = envs.reset(seed=[seed * n + i for i in range(n)])
     chunks = np.zeros((n, horizon, *envs.single_action_space.shape), np.float32)
-    place = np.full(n, horizon)  # of the next action in the chunk; horizon: a new chunk is due
-    returns, lengths, results = np.zeros(n), np.zeros(n, int), []
-    while quota.any():
-        due = place == horizon
-        if due.any():
-            chunks[due], place[due] = policy(obs)[due], 0
-        obs, rewards, terminated, truncated, infos = envs.step(chunks[np.arange(n), place])
-        place, returns, lengths = place + 1, returns + rewards, lengths + 1
+    position = np.full(n, horizon)  # of the next action in its chunk
+    returns = np.zeros(n)
+    lengths = np.zeros(n)
+    results = {"success": [], "return": [], "length": []}
+    while episodes_left.any():
+        needs_chunk = position == horizon
+        if needs_chunk.any():
+            chunks[needs_chunk] = policy(obs)[needs_chunk]
+            position[needs_chunk] = 0
+        obs, rewards, terminated, truncated, infos = envs.step(chunks[np.arange(n), position])
+        position += 1
+        returns += rewards
+        lengths += 1
         for i in np.flatnonzero(terminated | truncated):
-            if quota[i] > 0:
-                success = infos["final_info"].get("success", np.full(n, np.nan))[i]
-                results.append((success, returns[i], lengths[i]))
-                quota[i] -= 1
-            place[i], returns[i], lengths[i] = horizon, 0, 0
-    return dict(zip(("success", "return", "length"), np.array(results).T))
+            if episodes_left[i] > 0:
+                successes = infos["final_info"].get("success", np.full(n, np.nan))
+                results["success"].append(successes[i])
+                results["return"].append(returns[i])
+                results["length"].append(lengths[i])
+                episodes_left[i] -= 1
+            position[i] = horizon
+            returns[i] = 0
+            lengths[i] = 0
+    return {name: np.array(values, np.float64) for name, values in results.items()}
 
 
 # ------------------------------------------------------------------------------------- training
 
 
-def capture(function, generator):
-    """`function` as a CUDA graph: from the fourth call on its kernels run without any Python.
+class CUDAGraph:
+    """A function as one CUDA graph: from the fourth call on, its kernels run without any Python.
 
-    `function` must take no arguments, must never wait for the device, and may draw from `generator`
-    only. What the result holds is overwritten by the next call.
+    The function takes no arguments, never waits for the device, and draws random numbers from
+    `generator` only. Each call overwrites the tensors that the last one returned.
     """
-    graph, stream, calls, result = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0, None
-    graph.register_generator_state(generator)
 
-    def captured():
-        nonlocal calls, result
-        calls += 1
-        if calls <= 3:  # while compiler and libraries still allocate
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                result = function()
-            torch.cuda.current_stream().wait_stream(stream)
-            return result
-        if calls == 4:
-            with torch.cuda.graph(graph, stream=stream):  # records, runs nothing
-                result = function()
-        graph.replay()
-        return result
+    def __init__(self, function, generator):
+        self.function = function
+        self.calls = 0
+        self.stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(generator)
 
-    return captured
+    def __call__(self):
+        self.calls += 1
+        if self.calls <= 3:  # the compiler and the libraries still allocate
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.result = self.function()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return self.result
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph, stream=self.stream):  # records, runs nothing
+                self.result = self.function()
+        self.graph.replay()
+        return self.result
 
 
 def train(args, dataset, envs, run):
-    """Train on `dataset`, `evaluate` in `envs`, write to `run`; returns the networks."""
+    """Train on `dataset`, evaluate in `envs`, write to `run`; returns the networks."""
     device = dataset.actions.device
-    torch.manual_seed(args.seed + 2**31)  # for the networks; not the generator's random numbers
+    torch.manual_seed(args.seed + 2**31)  # for the weights; not the generator's random numbers
     generator = torch.Generator(device).manual_seed(args.seed)
     eval_generator = torch.Generator(device)
-    obs_dim, action_dim = dataset.observations.shape[1], args.horizon * dataset.actions.shape[1]
+    obs_dim = dataset.observations.shape[1]
+    action_dim = args.horizon * dataset.actions.shape[1]
     nets = Networks(obs_dim, action_dim, args).to(device)
     optimizer = make_optimizer(nets, args)
     loss = torch.compile(total_loss, fullgraph=True) if args.compile else total_loss
-    parts = dict(nets=nets, optimizer=optimizer, generator=generator)  # what a checkpoint keeps
-    start = run.restore(parts)["step"]
-    # Updates per call, in one CUDA graph: up to ten, so that what is due falls between two calls.
-    stride = math.gcd(10, start, args.offline_steps, args.eval_interval, args.log_interval)
 
-    def updates():
-        for _ in range(stride):
-            batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
-            draws = draw(batch.actions, generator)
-            metrics = update(nets, optimizer, batch, draws, args, loss)
-        return metrics
+    step = 0
+    checkpoint = run.begin()
+    if checkpoint:
+        step = checkpoint["step"]
+        nets.load_state_dict(checkpoint["nets"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        generator.set_state(checkpoint["generator"])
+
+    def sample_and_update():
+        batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
+        draws = draw(batch.actions, generator)
+        return update(nets, optimizer, batch, draws, args, loss)
+
+    def policy(obs):
+        return act(nets, obs, args, eval_generator)
 
     if args.compile and device.type == "cuda":
-        updates = capture(updates, generator)
-    logged_step, logged_time, shown = start, time.perf_counter(), {}
-    progress = run.progress(args.offline_steps, start, "updates")
-    for step in range(start + stride, args.offline_steps + 1, stride):
-        metrics = updates()
-        progress.update(stride)
+        sample_and_update = CUDAGraph(sample_and_update, generator)
+    run.start(step, args.offline_steps, "updates")
+    logged_step = step
+    logged_time = time.perf_counter()
+    while step < args.offline_steps:
+        step += 1
+        metrics = sample_and_update()
+        run.bar.update()
 
         evaluates = step % args.eval_interval == 0 or step == args.offline_steps
-        if step % args.log_interval == 0 or evaluates:
-            row = dict(step=step, **{name: value.item() for name, value in metrics.items()})
-            speed = (step - logged_step) / (time.perf_counter() - logged_time)
-            run.log("train.csv", **row, time_updates_per_s=round(speed, 1))
+        if evaluates or step % args.log_interval == 0:
+            row = dict(step=step)
+            for name, value in metrics.items():
+                row[name] = value.item()
+            seconds = time.perf_counter() - logged_time
+            row["time_updates_per_s"] = round((step - logged_step) / seconds, 1)
+            run.log("train.csv", row)
             run.check_q(row, dataset.rewards, args.discount)
-            shown.update({k[:-5]: f"{v:.3g}" for k, v in row.items() if k.endswith("_loss")})
-            progress.set_postfix(shown)
-            logged_step, logged_time = step, time.perf_counter()
+            logged_step = step
+            logged_time = time.perf_counter()
 
         if evaluates:
-            eval_start = time.perf_counter()
-            policy = lambda obs: act(nets, obs, args, eval_generator)
-            eval_generator.manual_seed(args.seed + step)
-            result = evaluate(policy, envs, args.eval_episodes, args.horizon, args.seed + step)
-            result = {name: values.mean() for name, values in result.items()}
-            run.log("eval.csv", step=step, episodes=args.eval_episodes, **result)
+            seed = args.seed + step
+            eval_generator.manual_seed(seed)
+            results = evaluate(policy, envs, args.eval_episodes, args.horizon, seed)
+            row = dict(step=step, episodes=args.eval_episodes)
+            for name, values in results.items():
+                row[name] = values.mean().item()
+            run.log("eval.csv", row)
             run.plot()
-            shown["success"] = f"{result['success']:.0%}"
-            progress.set_postfix(shown)
-            logged_time += time.perf_counter() - eval_start  # does not count as updates
-        if evaluates or time.perf_counter() > run.saved_at + 300:
-            run.save(parts, step=step, sizes=nets.sizes)
+            logged_time = time.perf_counter()  # the speed is that of the updates
+
+        if evaluates or run.save_is_due():
+            run.save(
+                step=step,
+                sizes=nets.sizes,
+                nets=nets.state_dict(),
+                optimizer=optimizer.state_dict(),
+                generator=generator.get_state(),
+            )
     run.finish()
     return nets
 
 
+# --------------------------------------------------------------------------------- environments
+
+
+class SeededReset(gymnasium.Wrapper):
+    """Makes episodes reproducible: OGBench draws from NumPy's global generator too.
+
+    For an environment that has a process to itself. Of a step's info only `success` is kept; the
+    rest would be sent from process to process for nothing.
+    """
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.rng = np.random.default_rng()
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
+        episode_seed = int(self.rng.integers(2**31))
+        np.random.seed(episode_seed)
+        obs, _ = self.env.reset(seed=episode_seed, options=options)
+        return obs, {}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        kept = {"success": info["success"]} if "success" in info else {}
+        return obs, reward, terminated, truncated, kept
+
+
+class Envs(AsyncVectorEnv):
+    """Environments in processes of their own, which close at once."""
+
+    def close_extras(self, **kwargs):
+        for process in self.processes:  # gymnasium waits for their answers, perhaps for ever
+            process.kill()
+
+
+def make_envs(make_env, num_envs):
+    """Vector environment of `num_envs` times what the function make_env returns."""
+
+    def start():
+        if multiprocessing.parent_process():  # in a worker; gymnasium makes one more in this one
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process,
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which then kills its workers
+        return SeededReset(make_env())
+
+    return Envs([start] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+# --------------------------------------------------------------------------------- command line
+
+MAY_CHANGE_ON_RESUME = (
+    "resume dataset dataset_url offline_steps online_steps eval_interval eval_episodes "
+    "log_interval compile track"
+).split()
+MAY_CHANGE_ON_EVALUATE = "evaluate video eval_episodes seed device matmul_precision".split()
+
+
+def parse_args():
+    """The command line as Args. Raises UserError.
+
+    A flag that is not given has the value of the run to resume or to evaluate, else that of
+    SETTINGS for --env, else the default in Args.
+    """
+    description = __doc__ + "\nDefaults by environment, shown in full by --env NAME --help:\n\n"
+    for prefix, settings in SETTINGS.items():
+        values = ", ".join(f"{name}={value}" for name, value in settings.items())
+        description += f"    {prefix}: {values}\n"
+
+    given, _ = tyro.cli(Args, return_unknown_args=True, add_help=False)
+    default = Args(env=given.env)
+    for prefix, settings in SETTINGS.items():
+        if given.env.startswith(prefix):
+            default = replace(default, **settings)
+    folder = given.resume or given.evaluate
+    if folder:
+        saved = saved_args(common.read_checkpoint(folder, Path(__file__).name))
+        default = replace(saved, resume="", evaluate="", video=False)
+    args = tyro.cli(Args, default=default, description=description)
+
+    check_args(args)
+    if args.resume and args.evaluate:
+        raise common.UserError("--resume and --evaluate exclude each other")
+    if args.video and not args.evaluate:
+        raise common.UserError("--video: needs --evaluate RUN")
+    may_change = MAY_CHANGE_ON_RESUME if args.resume else MAY_CHANGE_ON_EVALUATE
+    for name, value in vars(args).items():
+        before = getattr(default, name)
+        if folder and value != before and name not in may_change:
+            flag = name.replace("_", "-")
+            raise common.UserError(f"--{flag} {value}: {folder} was trained with {before}")
+    return args
+
+
+def choose_device(args):
+    """The torch.device of --device. Raises UserError."""
+    has_compiler = shutil.which("g++") or shutil.which("clang++") or "CXX" in os.environ
+    if args.compile and not has_compiler:
+        raise common.UserError("--compile: no C++ compiler found (g++, clang++ or $CXX)")
+    num_gpus = torch.cuda.device_count()
+    if args.device == "auto":
+        return torch.device("cuda" if num_gpus else "cpu")
+    names = ["cpu"]
+    if num_gpus:
+        names += ["cuda"] + [f"cuda:{i}" for i in range(num_gpus)]
+    if args.device not in names:
+        raise common.UserError(f"--device {args.device}: must be auto or one of {', '.join(names)}")
+    return torch.device(args.device)
+
+
+def set_matmul_precision(precision, device):
+    """Choose how float32 matrices are multiplied; "auto" is TF32 on CUDA.
+
+    On a CPU, torch multiplies with MKL, unless the precision is "medium": then with oneDNN, which
+    is up to twice as fast on AMD and, on CPUs with bfloat16 units, may round to bfloat16. So "auto"
+    is "medium" if the product of two matrices shows the precision of float32, else "highest".
+    """
+    if precision != "auto":
+        torch.set_float32_matmul_precision(precision)
+        return
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        return
+    torch.set_float32_matmul_precision("medium")
+    x, y = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
+    exact = x.double() @ y.double()
+    if (x @ y - exact).norm() > 1e-5 * exact.norm():
+        torch.set_float32_matmul_precision("highest")
+
+
+def report(results):
+    """Print the mean of each result and its 95 % interval; for the success rate it is Wilson's."""
+    z = 1.96
+    for name, values in results.items():
+        n = len(values)
+        mean = values.mean()
+        if name == "success":
+            centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
+            half = z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
+        else:
+            centre = mean
+            half = z * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+        if not np.isnan(mean):
+            print(f"{name} {mean:.4g} (95 %: {centre - half:.4g} to {centre + half:.4g})")
+
+
+def film(policy, env, seed, path):
+    """Write three episodes in `env` (render_mode "rgb_array") to a GIF, every eighth step."""
+    frames = []
+    for episode in range(3):
+        obs, _ = env.reset(seed=seed + episode)
+        step = 0
+        done = False
+        while not done:
+            for action in policy(obs[None])[0]:
+                if step % 8 == 0:
+                    frames.append(env.render())
+                obs, _, terminated, truncated, _ = env.step(action)
+                step += 1
+                done = terminated or truncated
+                if done:
+                    break
+    imageio.mimsave(path, frames, loop=0)
+    print(f"three episodes, every eighth step: {path}")
+
+
+def evaluate_run(args, make_env, envs, device):
+    """--evaluate: print what the policy of a run achieves; --video: film it."""
+    nets, _ = load(args.evaluate, device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+
+    def policy(obs):
+        return act(nets, obs, args, generator)
+
+    report(evaluate(policy, envs, args.eval_episodes, args.horizon, args.seed))
+    if args.video:
+        with SeededReset(make_env(render_mode="rgb_array")) as env:
+            film(policy, env, args.seed, Path(args.evaluate) / "evaluation.gif")
+
+
 def main():
-    args = common.parse_args(Args, __doc__, SETTINGS)
+    args = parse_args()
     name, dataset_name, env_id = common.resolve_task(args.env, args.task)
-    device = common.pick_device(args.device, args.matmul_precision, args.compile)
-    if args.evaluate:
-        nets, _ = load(args.evaluate, device)
-        generator = torch.Generator(device).manual_seed(args.seed)
-        return common.report(evaluate, lambda obs: act(nets, obs, args, generator), env_id, args)
-    dataset, source = common.get_dataset(
-        dataset_name, env_id, args.dataset, args.dataset_url, device, args.horizon
-    )
-    config = dict(args=vars(args), device=str(device), dataset=source)
-    folder = f"{name}__{Path(__file__).stem}__{args.seed}"
-    print(f"{name}: {len(dataset)} transitions, {dataset.episodes} episodes, from {source}")
-    print("settings:", ", ".join(f"{k}={v}" for k, v in vars(args).items()))
-    with (
-        common.Run(args.run_dir, folder, config, args.resume) as run,
-        closing(common.make_envs(env_id, min(args.eval_episodes, 25))) as envs,
-    ):
-        print(f"device: {device}, writing to {run.path}")
-        train(args, dataset, envs, run)
+    device = choose_device(args)
+
+    def make_env(**options):
+        return gymnasium.make(env_id, **options)
+
+    num_envs = min(args.eval_episodes, 25)
+    with closing(make_envs(make_env, num_envs)) as envs:  # before CUDA is used: they fork
+        set_matmul_precision(args.matmul_precision, device)
+        if args.evaluate:
+            return evaluate_run(args, make_env, envs, device)
+        dataset, description = common.get_dataset(
+            dataset_name, env_id, args.dataset, args.dataset_url, device
+        )
+        if args.horizon > len(dataset):
+            raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")
+        script = Path(__file__)
+        started = time.strftime("%Y%m%d-%H%M%S")
+        new_folder = Path(args.run_dir) / f"{name}__{script.stem}__{args.seed}__{started}"
+        config = dict(script=script.name, args=vars(args), device=device.type, dataset=description)
+        folder = args.resume or new_folder
+        with common.Run(folder, config, bool(args.resume), args.track) as run:
+            print(f"{name}: {description}")
+            print("settings:", ", ".join(f"{name}={value}" for name, value in vars(args).items()))
+            print(f"device: {device}, writing to {run.folder}")
+            train(args, dataset, envs, run)
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's signal: like Ctrl-C
+    try:
+        main()
+    except (common.UserError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
