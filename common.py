@@ -568,7 +568,8 @@ class Run:
         for key, value in row.items():
             if key.endswith("_loss") and not np.isfinite(value):
                 raise UserError(f"step {row['step']}: {key} is {value}; start anew, lower --lr")
-            if key.endswith("_loss") or key in ("success", "return"):
+            is_score = key in ("success", "return") and not np.isnan(value)
+            if key.endswith("_loss") or is_score:
                 self.shown[key.removesuffix("_loss")] = f"{value:.3g}"
         if self.bar:
             self.bar.set_postfix(self.shown)

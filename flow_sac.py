@@ -1,41 +1,47 @@
 """SAC Flow: online RL with a flow policy that SAC trains end to end, through all its steps.
 
-A flow policy turns noise x_0 ~ N(0, I) into x_K by K Euler steps of a velocity v(s, x, t); the
-action is tanh(x_K). To SAC that is a recurrent network, x_{i+1} = x_i + v(s, x_i, t_i) / K, and the
-actor's gradient is a product of K Jacobians I + dv/dx / K that grows or dies. Two velocity
-networks, known from recurrent networks, keep it in bounds; a plain one is there to compare:
+A flow policy turns noise x_0 ~ N(0, I) into x_K with K Euler steps of a velocity field v(s, x, t);
+the action is tanh(x_K). This is a recurrent network, x_{i+1} = x_i + v(s, x_i, t_i) / K, and the
+actor's gradient is a product of K Jacobians I + dv/dx / K, which explodes or vanishes. Two velocity
+networks, borrowed from recurrent networks, keep it bounded; a plain one is there to compare:
 
-    flow-g   v = gate * (candidate - x)             a GRU's update
+    flow-g   v = gate * (candidate - x)             the update of a GRU
     flow-t   v = Transformer decoder of (x, t)      with the state as its memory
     naive    v = MLP(s, x, t)
 
-SAC also needs log pi(a | s). So each step becomes Gaussian, with a drift that, as K grows, leaves
-the distribution of every x_i as it was, and the whole path's log-density stands in for log pi:
+SAC also needs log pi(a | s). So each step becomes Gaussian, with a drift that, as K grows, keeps
+the distribution of every x_i, and the log-density of the whole path replaces log pi:
 
     x_{i+1} = x_i + (v + sigma^2 / 2 * score) dt + sigma sqrt(dt) eps,  score = (t v - x) / (1 - t)
 
 Zhang et al.: SAC Flow, ICLR 2026, https://arxiv.org/abs/2509.25756
 Critics without target networks: Bhatt et al., CrossQ, ICLR 2024, https://arxiv.org/abs/1902.05605
 
-    python flow_sac.py                                       # Pendulum, a few minutes on a laptop
+    python flow_sac.py                                       # Pendulum, minutes on a laptop
     python flow_sac.py --env HalfCheetah-v5 --policy flow-g  # with the paper's sizes
 """
 
 import copy
 import math
+import multiprocessing
+import signal
+import sys
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium
+import imageio
 import numpy as np
+import ogbench.online_locomotion  # noqa: F401  registers online-ant-v0 and relatives
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from gymnasium.vector import AutoresetMode
-from gymnasium.wrappers import RescaleAction
+import tyro
+from gymnasium.spaces import Box
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
 import common
 
@@ -45,9 +51,9 @@ class Args:
     env: str = "Pendulum-v1"
     """Gymnasium id with Box observations and actions, or OGBench's online-ant-v0 and relatives"""
     seed: int = 0
-    """seeds networks, environments, batches, noise and evaluation"""
+    """seed of weights, environments, batches, noise and evaluation episodes"""
     device: str = "auto"
-    """auto (CUDA if there is one), cpu, cuda or cuda:N"""
+    """auto (CUDA if available), cpu, cuda or cuda:N"""
     online_steps: int = 1_000_000
     """environment steps; one update of the critics each, once learning has started"""
     num_envs: int = 1
@@ -55,13 +61,13 @@ class Args:
     learning_starts: int = 50_000
     """environment steps with uniform actions before the first update"""
     buffer_size: int = 1_000_000
-    """transitions that are kept"""
+    """capacity of the replay buffer, in transitions"""
     batch_size: int = 512
     """transitions per update"""
     policy: Literal["flow-t", "flow-g", "naive"] = "flow-t"
     """velocity network: decoded, gated or plain"""
     policy_width: int = 0
-    """of the velocity and noise networks; 0: the authors', flow-t 96, flow-g and naive 512"""
+    """width of the velocity and noise networks; 0: the authors', flow-t 96, others 512"""
     critic: Literal["crossq", "sac"] = "crossq"
     """critics with BatchRenorm and a joint forward pass, or with target networks (--tau)"""
     policy_lr: float = 3e-4
@@ -77,34 +83,66 @@ class Args:
     hidden: tuple[int, ...] = (1024, 1024)
     """widths of the critics' hidden layers"""
     flow_steps: int = 4
-    """K, Euler steps from noise to action"""
+    """K, number of Euler steps from noise to action"""
     init_temperature: float = 0.2
-    """weight of the entropy at the start; it is tuned from there"""
+    """initial weight of the entropy; it is tuned from there"""
     target_entropy: float = 0.0
-    """path entropy that the temperature is tuned to; 0 is for K = 4, from K = 20 on out of reach"""
+    """path entropy that the temperature is tuned to; 0 is for K = 4, unreachable from K = 20 on"""
     eval_interval: int = 20_000
-    """environment steps between evaluations (there is always one at the end)"""
+    """environment steps between evaluations (the last step is always evaluated)"""
     eval_episodes: int = 50
     """episodes per evaluation"""
     log_interval: int = 500
     """environment steps between rows of train.csv"""
-    run_dir: Path = Path("runs")
-    """the run's folder is made in here"""
-    resume: Path | None = None
-    """folder of a run to go on with; steps and intervals may be changed"""
-    evaluate: Path | None = None
-    """folder of a run to evaluate, on --eval-episodes, instead of training"""
+    run_dir: str = "runs"
+    """where the run's folder is created"""
+    resume: str = ""
+    """run folder to resume; the number of steps and the intervals may be changed"""
+    evaluate: str = ""
+    """run folder to evaluate, for --eval-episodes, instead of training"""
     video: bool = False
-    """with --evaluate: film three of the episodes, into that folder"""
+    """with --evaluate: write three episodes to evaluation.gif in that folder"""
+    track: bool = False
+    """log to Weights & Biases too (pip install wandb; WANDB_PROJECT and WANDB_ENTITY apply)"""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """of torch; auto: TF32 (high) on CUDA, on CPUs the fastest that is as exact as float32"""
+    """see torch.set_float32_matmul_precision; auto: TF32 on CUDA, fastest float32 on CPU"""
 
 
-# Defaults per environment: the authors' for all, except for one that is meant for a laptop.
+def check_args(args):
+    """Raise UserError for a value that cannot work."""
+
+    def require(condition, name, rule):
+        if not condition:
+            flag = name.replace("_", "-")
+            raise common.UserError(f"--{flag} {getattr(args, name)}: must be {rule}")
+
+    for name in ("batch_size", "online_steps", "eval_interval", "eval_episodes", "log_interval"):
+        require(1 <= getattr(args, name) <= 1e9, name, "between 1 and 1e9")
+    for name in ("num_envs", "learning_starts", "buffer_size", "policy_frequency"):
+        require(1 <= getattr(args, name) <= 1e9, name, "between 1 and 1e9")
+    for name in ("discount", "tau"):
+        require(0 < getattr(args, name) <= 1, name, "above 0 and at most 1")
+    for name in ("policy_lr", "q_lr", "init_temperature"):
+        require(1e-12 <= getattr(args, name) <= 1e12, name, "positive")
+    require(abs(args.target_entropy) <= 1e6, "target_entropy", "between -1e6 and 1e6")
+    require(1 <= args.flow_steps <= 1000, "flow_steps", "between 1 and 1000")
+    require(0 <= args.policy_width <= 10_000, "policy_width", "between 0 and 10000")
+    require(0 <= args.seed < 2**31, "seed", "between 0 and 2**31 - 1")
+    require(len(args.hidden) > 0, "hidden", "at least one width")
+    require(1 <= min(args.hidden) <= max(args.hidden) <= 10_000, "hidden", "between 1 and 10000")
+    too_late = f"below --online-steps {args.online_steps}, or nothing is learned"
+    require(args.learning_starts < args.online_steps, "learning_starts", too_late)
+
+
+# Defaults per environment: the authors' for all but Pendulum, whose are our own, for a laptop.
 SETTINGS = {
     "Pendulum": dict(
-        **dict(online_steps=15_000, learning_starts=1_000, batch_size=256, hidden=(128, 128)),
-        **dict(policy_width=64, eval_interval=1_500),
+        online_steps=15_000,
+        learning_starts=1_000,
+        batch_size=256,
+        hidden=(128, 128),
+        policy_width=64,
+        eval_interval=1_500,
     ),
 }
 
@@ -127,9 +165,12 @@ class Linear(nn.Linear):
 
 
 def mlp(activation, *dims):
-    """Linear layers of these sizes with the activation between them: (..., in) -> (..., out)."""
-    layers = [Linear(*pair) for pair in zip(dims, dims[1:])]
-    return nn.Sequential(*(x for layer in layers for x in (layer, activation())))[:-1]
+    """Linear layers of these sizes with activation() between them: (..., in) -> (..., out)."""
+    layers = []
+    for in_dim, out_dim in zip(dims, dims[1:]):
+        layers.append(Linear(in_dim, out_dim))
+        layers.append(activation())
+    return nn.Sequential(*layers[:-1])  # none after the last
 
 
 class EnsembleLinear(nn.Module):
@@ -142,20 +183,26 @@ class EnsembleLinear(nn.Module):
         lecun_normal_(self.weight, in_dim)
 
     def forward(self, x):
-        return torch.bmm(x.expand(len(self.weight), -1, -1), self.weight).add_(self.bias)
+        x = x.expand(len(self.weight), -1, -1)
+        return torch.bmm(x, self.weight).add_(self.bias)
 
 
 class BatchRenorm(nn.Module):
     """Batch renormalisation (Ioffe, 2017, https://arxiv.org/abs/1702.03275): (..., B, dim) -> same.
 
-    Evaluation normalises by running statistics. Training normalises by the batch's and, after the
-    first `warmup` calls, moves the result to what running statistics would give: gradients pass
-    through the batch's statistics, not through r and d. shape: (1, dim) or (ensemble, 1, dim).
+    Evaluation normalises with running statistics. Training normalises with the batch's and, after
+    the first `warmup` calls, corrects the result by r and d to what running statistics would give;
+    gradients pass through the batch's statistics, not through r and d. shape: (1, dim) or
+    (ensemble, 1, dim).
     """
 
     def __init__(self, *shape, rate=0.01, eps=1e-3, r_max=3.0, d_max=5.0, warmup=100_000):
         super().__init__()
-        self.rate, self.eps, self.r_max, self.d_max, self.warmup = rate, eps, r_max, d_max, warmup
+        self.rate = rate
+        self.eps = eps
+        self.r_max = r_max
+        self.d_max = d_max
+        self.warmup = warmup
         self.scale = nn.Parameter(torch.ones(shape))
         self.bias = nn.Parameter(torch.zeros(shape))
         self.register_buffer("mean", torch.zeros(shape))
@@ -163,43 +210,53 @@ class BatchRenorm(nn.Module):
         self.register_buffer("calls", torch.tensor(0))
 
     def forward(self, x):
-        mean, std, r, d = self.mean, (self.var + self.eps).sqrt(), 1.0, 0.0
-        if self.training:
-            running_std = std
-            mean = x.mean(-2, keepdim=True)
-            var = (x - mean).square().mean(-2, keepdim=True)  # many times faster than x.var() here
-            std = (var + self.eps).sqrt()
-            warm = self.calls >= self.warmup
-            r = (std / running_std).detach().clamp(1 / self.r_max, self.r_max)
-            d = ((mean - self.mean) / running_std).detach().clamp(-self.d_max, self.d_max)
-            r, d = torch.where(warm, r, 1.0), torch.where(warm, d, 0.0)
-            with torch.no_grad():
-                self.mean += self.rate * (mean - self.mean)
-                self.var += self.rate * (var - self.var)
-                self.calls += 1
+        running_std = (self.var + self.eps).sqrt()
+        if not self.training:
+            return self.affine(x, self.mean, running_std, r=1.0, d=0.0)
+        mean = x.mean(-2, keepdim=True)
+        var = (x - mean).square().mean(-2, keepdim=True)  # biased; x.var() is much slower here
+        std = (var + self.eps).sqrt()
+        r = (std / running_std).detach().clamp(1 / self.r_max, self.r_max)
+        d = ((mean - self.mean) / running_std).detach().clamp(-self.d_max, self.d_max)
+        warm = self.calls >= self.warmup
+        r = torch.where(warm, r, 1.0)
+        d = torch.where(warm, d, 0.0)
+        with torch.no_grad():
+            self.mean += self.rate * (mean - self.mean)
+            self.var += self.rate * (var - self.var)
+            self.calls += 1
+        return self.affine(x, mean, std, r, d)
+
+    def affine(self, x, mean, std, r, d):
+        """((x - mean) / std * r + d) * scale + bias, as one pass over x."""
         factor = self.scale * r / std
         return torch.addcmul(self.bias + self.scale * d - factor * mean, x, factor)
 
 
 class Critic(nn.Module):
-    """Q(s, a), two of them: (B, O), (B, A) -> (2, B)."""
+    """Q(s, a), an ensemble of two: (B, O), (B, A) -> (2, B)."""
 
     def __init__(self, obs_dim, action_dim, hidden, batch_norm):
         super().__init__()
-        norm = lambda dim: [BatchRenorm(2, 1, dim)] if batch_norm else []
         in_dim = obs_dim + action_dim
-        layers = norm(in_dim)
+        layers = []
+        if batch_norm:
+            layers.append(BatchRenorm(2, 1, in_dim))
         for width in hidden:
-            layers += [EnsembleLinear(in_dim, width, 2), nn.ReLU(), *norm(width)]
+            layers.append(EnsembleLinear(in_dim, width, 2))
+            layers.append(nn.ReLU())
+            if batch_norm:
+                layers.append(BatchRenorm(2, 1, width))
             in_dim = width
-        self.mlp = nn.Sequential(*layers, EnsembleLinear(in_dim, 1, 2))
+        layers.append(EnsembleLinear(in_dim, 1, 2))
+        self.mlp = nn.Sequential(*layers)
 
     def forward(self, obs, actions):
         return self.mlp(torch.cat([obs, actions], -1)).squeeze(-1)
 
 
 class NaiveVelocity(nn.Module):
-    """v(s, x_t, t), nothing done for its gradient: (B, O), (B, A), (B, 1) -> (B, A)."""
+    """v(s, x_t, t), the plain MLP baseline: (B, O), (B, A), (B, 1) -> (B, A)."""
 
     def __init__(self, obs_dim, action_dim, width):
         super().__init__()
@@ -235,13 +292,14 @@ class GatedVelocity(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm Transformer decoder layer, one token and one memory entry: (B, D) twice -> (B, D).
 
-    A softmax over a single entry is 1. So queries, keys and heads have no effect, and of either
-    attention remains output(value(.)): of the token itself, and of the state.
+    A softmax over a single entry is 1, so queries, keys and heads have no effect, and what remains
+    of either attention is output(value(.)): of the token itself, and of the state.
     """
 
     def __init__(self, width):
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
         self.self_attention = nn.Sequential(Linear(width, width), Linear(width, width))
         self.cross_attention = nn.Sequential(Linear(width, width), Linear(width, width))
         self.feed_forward = mlp(lambda: nn.GELU("tanh"), width, 4 * width, width)
@@ -262,7 +320,8 @@ class DecodedVelocity(nn.Module):
 
     def __init__(self, obs_dim, action_dim, width, layers=2):
         super().__init__()
-        half, quarter = max(width // 2, 1), max(width // 4, 1)
+        half = max(width // 2, 1)
+        quarter = max(width // 4, 1)
         self.embed_obs = mlp(nn.SiLU, obs_dim, half, width)
         self.embed_x = Linear(action_dim, width)
         self.embed_t = mlp(nn.SiLU, 1, quarter, half, width)
@@ -270,7 +329,8 @@ class DecodedVelocity(nn.Module):
         self.head = Linear(width, action_dim)
 
     def forward(self, obs, x, t):
-        memory, token = self.embed_obs(obs), self.embed_x(x) + self.embed_t(t)
+        memory = self.embed_obs(obs)
+        token = self.embed_x(x) + self.embed_t(t)
         for layer in self.layers:
             token = layer(token, memory)
         return self.head(token)
@@ -285,7 +345,8 @@ class LogSigma(nn.Module):
 
     def __init__(self, obs_dim, action_dim, width, low=-5.0, high=0.0):
         super().__init__()
-        self.low, self.high = low, high
+        self.low = low
+        self.high = high
         self.mlp = mlp(nn.ReLU, obs_dim + 1, width, width, action_dim)
 
     def forward(self, obs, t):
@@ -298,20 +359,25 @@ class Policy(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        kinds = {"flow-t": (DecodedVelocity, 96), "flow-g": (GatedVelocity, 512)}
-        kind, width = kinds.get(args.policy, (NaiveVelocity, 512))
-        width = args.policy_width or width
+        width = args.policy_width
+        if width == 0:
+            width = 96 if args.policy == "flow-t" else 512
         self.obs_norm = BatchRenorm(1, obs_dim) if args.critic == "crossq" else nn.Identity()
-        self.velocity = kind(obs_dim, action_dim, width)
+        if args.policy == "flow-t":
+            self.velocity = DecodedVelocity(obs_dim, action_dim, width)
+        elif args.policy == "flow-g":
+            self.velocity = GatedVelocity(obs_dim, action_dim, width)
+        else:
+            self.velocity = NaiveVelocity(obs_dim, action_dim, width)
         self.log_sigma = LogSigma(obs_dim, action_dim, width)
 
 
 class Networks(nn.Module):
-    """All that is trained, and the target critic of `--critic sac`; in evaluation mode."""
+    """The trainable networks and, for `--critic sac`, the target critic; in evaluation mode."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
-        self.sizes = obs_dim, action_dim
+        self.sizes = (obs_dim, action_dim)
         self.critic = Critic(obs_dim, action_dim, args.hidden, args.critic == "crossq")
         self.policy = Policy(obs_dim, action_dim, args)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(args.init_temperature)))
@@ -324,16 +390,18 @@ class Networks(nn.Module):
 
 
 def rollout(velocity, log_sigma, obs, x, eps):
-    """K noisy Euler steps from x at time 0 to time 1, in which x_i is distributed as without noise.
+    """K noisy Euler steps from x at time 0 to time 1; the drift keeps the distribution of each x_i.
 
     Exact as K grows, for the v of a rectified flow from N(0, I): (t v - x) / (1 - t) is its score.
     (B, O), (B, A), eps ~ N(0, I) (K, B, A) -> [x_0, ..., x_K], log-density of that path (B,).
     """
     dt = 1 / len(eps)
-    path, log_prob = [x], -0.5 * (x.detach() ** 2 + math.log(2 * math.pi)).sum(-1)  # noise: fixed
+    path = [x]
+    log_prob = -0.5 * (x**2 + math.log(2 * math.pi)).sum(-1)
     for i, noise in enumerate(eps):
         t = torch.full_like(x[:, :1], i * dt)
-        v, log_std = velocity(obs, x, t), log_sigma(obs, t)
+        v = velocity(obs, x, t)
+        log_std = log_sigma(obs, t)
         score = (t * v - x) / (1 - t)
         drift = v + 0.5 * (2 * log_std).exp() * score
         x = x + drift * dt + log_std.exp() * math.sqrt(dt) * noise
@@ -344,12 +412,12 @@ def rollout(velocity, log_sigma, obs, x, eps):
 
 
 def explore(policy, obs, x0, eps):
-    """The policy that acts and learns: actions (B, A), log-density of their path (B,), the path."""
+    """The stochastic policy: actions (B, A) in [-1, 1] and the log-density of their path (B,)."""
     path, log_prob = rollout(policy.velocity, policy.log_sigma, policy.obs_norm(obs), x0, eps)
     u = path[-1]
     # log(1 - tanh(u)^2), written so that neither it nor its gradient is lost for large u
-    log_prob = log_prob - (2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
-    return u.tanh(), log_prob, path
+    log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))
+    return u.tanh(), log_prob - log_det.sum(-1)
 
 
 def sample_actions(nets, obs, x0, args):
@@ -371,7 +439,7 @@ class Batch(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """All randomness of an update: x0 ~ N(0, I) of shape (B, A), eps ~ N(0, I) of (K, B, A)."""
+    """All random numbers of an update: x0 ~ N(0, I), (B, A), and eps ~ N(0, I), (K, B, A)."""
 
     next_x0: torch.Tensor
     next_eps: torch.Tensor
@@ -381,20 +449,24 @@ class Draws(NamedTuple):
 
 def draw(actions, flow_steps, generator):
     """Draws for a batch with these actions."""
-    shape = 2, flow_steps + 1, *actions.shape
-    following, policy = torch.randn(shape, device=actions.device, generator=generator)
-    return Draws(following[0], following[1:], policy[0], policy[1:])
+    shape = (2, flow_steps + 1, *actions.shape)
+    next_noise, noise = torch.randn(shape, device=actions.device, generator=generator)
+    return Draws(
+        next_x0=next_noise[0], next_eps=next_noise[1:], policy_x0=noise[0], policy_eps=noise[1:]
+    )
 
 
 def critic_loss(nets, batch, x0, eps, args):
     """TD learning: Q(s, a) -> r + discount * mask * (min Q(s', a') - temperature * log pi(a'))."""
-    obs, next_obs = batch.observations, batch.next_observations
+    obs = batch.observations
+    next_obs = batch.next_observations
     with torch.no_grad():
-        next_actions, next_log_prob, _ = explore(nets.policy, next_obs, x0, eps)
+        next_actions, next_log_prob = explore(nets.policy, next_obs, x0, eps)
     if args.critic == "crossq":  # one batch, so that both are normalised by the same statistics
+        both_obs = torch.cat([obs, next_obs])
+        both_actions = torch.cat([batch.actions, next_actions])
         nets.critic.train()
-        both = torch.cat([obs, next_obs]), torch.cat([batch.actions, next_actions])
-        q, next_q = nets.critic(*both).chunk(2, 1)
+        q, next_q = nets.critic(both_obs, both_actions).chunk(2, 1)
         nets.critic.eval()
     else:
         q = nets.critic(obs, batch.actions)
@@ -406,39 +478,52 @@ def critic_loss(nets, batch, x0, eps, args):
 
 
 def policy_loss(nets, batch, x0, eps):
-    """temperature * log pi - min Q, back through all K steps; also returns the path.
+    """temperature * log pi - min Q, differentiated through all K steps.
 
-    Moves the running statistics of the observations, as critic_loss (crossq) does the critic's.
+    Updates the running statistics of the observations, as critic_loss (crossq) does the critic's.
     """
     obs = batch.observations
     nets.policy.train()
-    actions, log_prob, path = explore(nets.policy, obs, x0, eps)
+    actions, log_prob = explore(nets.policy, obs, x0, eps)
     nets.policy.eval()
-    # The action's gradient passes through the critic, the critic's own parameters get none.
+    # The action's gradient passes through the critic; the critic's own parameters get none.
     frozen = {name: p.detach() for name, p in nets.critic.named_parameters()}
     q = torch.func.functional_call(nets.critic, frozen, (obs, actions)).amin(0)
     loss = (nets.log_temperature.exp().detach() * log_prob - q).mean()
-    return loss, dict(policy_loss=loss, entropy=-log_prob.mean()), path
+    return loss, dict(policy_loss=loss, entropy=-log_prob.mean())
 
 
 # --------------------------------------------------------------------------------------- update
 
 
+class Optimizers(NamedTuple):
+    """An Adam each."""
+
+    critic: torch.optim.Adam
+    policy: torch.optim.Adam
+    temperature: torch.optim.Adam
+
+
 def make_optimizers(nets, args):
-    """Adam for critics, policy and temperature; CrossQ wants the short memory of beta_1 = 0.5."""
+    """CrossQ uses the short memory of beta_1 = 0.5 for all of them."""
     betas = (0.5 if args.critic == "crossq" else 0.9, 0.999)
-    adam = lambda parameters, lr: torch.optim.Adam(parameters, lr, betas, eps=1e-8, fused=True)
-    critic = adam(nets.critic.parameters(), args.q_lr)
-    policy = adam(nets.policy.parameters(), args.policy_lr)
-    return critic, policy, adam([nets.log_temperature], args.q_lr)
+
+    def adam(parameters, lr):
+        return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=1e-8, fused=True)
+
+    return Optimizers(
+        critic=adam(nets.critic.parameters(), args.q_lr),
+        policy=adam(nets.policy.parameters(), args.policy_lr),
+        temperature=adam([nets.log_temperature], args.q_lr),
+    )
 
 
 def update_critic(nets, optimizers, batch, draws, args):
-    """One gradient step on the critics; returns metrics as tensors on the device."""
+    """One gradient step on the critics; returns the metrics as tensors on the device."""
     loss, metrics = critic_loss(nets, batch, draws.next_x0, draws.next_eps, args)
-    optimizers[0].zero_grad()
+    optimizers.critic.zero_grad()
     loss.backward()
-    optimizers[0].step()
+    optimizers.critic.step()
     if args.critic == "sac":
         with torch.no_grad():
             for target, online in zip(nets.target_critic.parameters(), nets.critic.parameters()):
@@ -446,81 +531,103 @@ def update_critic(nets, optimizers, batch, draws, args):
     return {name: x.detach() for name, x in metrics.items()}
 
 
-def update_policy(nets, optimizers, batch, draws, args):
-    """One gradient step on policy and temperature; metrics as tensors on the device.
+def gradient_norm(module):
+    """Norm of the gradient by all parameters of a module, as one vector."""
+    return nn.utils.get_total_norm([p.grad for p in module.parameters()])
 
-    They include norms of the loss's gradient: by the policy's parameters, by those of the velocity
-    alone (sigma's have the gradient of the entropy, which grows with K for any velocity), and by
-    each x_i of the rollout, (B, A) as one vector.
+
+def update_policy(nets, optimizers, batch, draws, args):
+    """One gradient step on policy and temperature; returns the metrics as tensors on the device.
+
+    Of the two gradient norms, that of the velocity is the one to compare between networks: sigma's
+    part has the gradient of the entropy, which grows with K for any velocity.
     """
-    x0 = draws.policy_x0.clone().requires_grad_()
-    loss, metrics, path = policy_loss(nets, batch, x0, draws.policy_eps)
-    for x in path:
-        x.retain_grad()
-    optimizers[1].zero_grad()
+    loss, metrics = policy_loss(nets, batch, draws.policy_x0, draws.policy_eps)
+    optimizers.policy.zero_grad()
     loss.backward()
-    for name, module in (("policy", nets.policy), ("velocity", nets.policy.velocity)):
-        gradients = [p.grad for p in module.parameters()]
-        metrics[f"{name}_grad_norm"] = nn.utils.get_total_norm(gradients)
-    metrics.update({f"grad_x{i}": x.grad.norm() for i, x in enumerate(path)})
-    optimizers[1].step()
+    metrics["policy_grad_norm"] = gradient_norm(nets.policy)
+    metrics["velocity_grad_norm"] = gradient_norm(nets.policy.velocity)
+    optimizers.policy.step()
 
     temperature = nets.log_temperature.exp()
     metrics["temperature"] = temperature
-    optimizers[2].zero_grad()
-    (temperature * (metrics["entropy"].detach() - args.target_entropy)).backward()
-    optimizers[2].step()
+    temperature_loss = temperature * (metrics["entropy"].detach() - args.target_entropy)
+    optimizers.temperature.zero_grad()
+    temperature_loss.backward()
+    optimizers.temperature.step()
     return {name: x.detach() for name, x in metrics.items()}
 
 
 # ----------------------------------------------------------------------------------- evaluation
 
 
+def saved_args(state):
+    """The settings in a checkpoint as Args."""
+    saved = dict(state["config"]["args"])
+    if saved.keys() != vars(Args()).keys():
+        raise common.UserError("the run was made by another version of this script")
+    saved["hidden"] = tuple(saved["hidden"])  # JSON has lists only
+    return Args(**saved)
+
+
 def load(folder, device="cpu"):
-    """Networks and settings of the run in a folder, for `act`."""
-    args, state = common.read_run(Args, folder)
-    with common.reading(folder):
-        nets = Networks(*state["sizes"], args).to(device)
-        nets.load_state_dict(state["nets"])
+    """Networks and settings of the run in a folder, for `act`. Raises UserError."""
+    state = common.read_checkpoint(folder, Path(__file__).name)
+    if "nets" not in state:
+        raise common.UserError(f"{folder}: was stopped before its first checkpoint")
+    args = saved_args(state)
+    nets = Networks(*state["sizes"], args).to(device)
+    nets.load_state_dict(state["nets"])
     return nets, args
 
 
 @torch.no_grad()
 def act(nets, obs, args, generator=None):
     """The policy on NumPy arrays: observations (N, O) -> actions (N, 1, A)."""
-    device, shape = next(nets.parameters()).device, (len(obs), nets.sizes[1])
-    x0 = torch.randn(shape, device=device, generator=generator)
+    obs_dim, action_dim = nets.sizes
+    device = next(nets.parameters()).device
+    x0 = torch.randn(len(obs), action_dim, device=device, generator=generator)
     obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
     return sample_actions(nets, obs, x0, args)[:, None].cpu().numpy()
 
 
-def evaluate(policy, envs, episodes, horizon, seed):
-    """Success (NaN if the environment has none), return and length, arrays (episodes,).
+def evaluate(policy, envs, num_episodes, seed):
+    """Success (NaN if the environment has none), return and length: arrays (num_episodes,).
 
-    policy: observations (N, O) -> actions (N, horizon, A), as NumPy arrays. envs: N environments
-    with autoreset mode SAME_STEP. Each runs a fixed share of the episodes: those that finish first
-    anywhere would mostly be the short, successful ones.
+    policy: observations (N, O) -> the next h actions (N, h, A), as NumPy arrays. envs: N
+    environments with autoreset mode SAME_STEP. Each plays a fixed share of the episodes: the first
+    ones to finish, wherever they are, would be the short, successful ones.
     """
     n = envs.num_envs
-    quota = np.full(n, episodes // n)
-    quota[: episodes % n] += 1
+    episodes_left = np.full(n, num_episodes // n)
+    episodes_left[: num_episodes % n] += 1
     obs, _ = envs.reset(seed=[seed * n + i for i in range(n)])
-    chunks = np.zeros((n, horizon, *envs.single_action_space.shape), np.float32)
-    place = np.full(n, horizon)  # of the next action in the chunk; horizon: a new chunk is due
-    returns, lengths, results = np.zeros(n), np.zeros(n, int), []
-    while quota.any():
-        due = place == horizon
-        if due.any():
-            chunks[due], place[due] = policy(obs)[due], 0
-        obs, rewards, terminated, truncated, infos = envs.step(chunks[np.arange(n), place])
-        place, returns, lengths = place + 1, returns + rewards, lengths + 1
+    chunks = np.array(policy(obs))
+    horizon = chunks.shape[1]
+    position = np.zeros(n, int)  # of the next action in its chunk
+    returns = np.zeros(n)
+    lengths = np.zeros(n)
+    results = {"success": [], "return": [], "length": []}
+    while episodes_left.any():
+        needs_chunk = position == horizon
+        if needs_chunk.any():
+            chunks[needs_chunk] = policy(obs)[needs_chunk]
+            position[needs_chunk] = 0
+        obs, rewards, terminated, truncated, infos = envs.step(chunks[np.arange(n), position])
+        position += 1
+        returns += rewards
+        lengths += 1
         for i in np.flatnonzero(terminated | truncated):
-            if quota[i] > 0:
-                success = infos["final_info"].get("success", np.full(n, np.nan))[i]
-                results.append((success, returns[i], lengths[i]))
-                quota[i] -= 1
-            place[i], returns[i], lengths[i] = horizon, 0, 0
-    return dict(zip(("success", "return", "length"), np.array(results).T))
+            if episodes_left[i] > 0:
+                successes = infos["final_info"].get("success", np.full(n, np.nan))
+                results["success"].append(successes[i])
+                results["return"].append(returns[i])
+                results["length"].append(lengths[i])
+                episodes_left[i] -= 1
+            position[i] = horizon
+            returns[i] = 0
+            lengths[i] = 0
+    return {name: np.array(values, np.float64) for name, values in results.items()}
 
 
 # ------------------------------------------------------------------------------------- training
@@ -536,16 +643,17 @@ class ReplayBuffer:
 
     def add(self, obs, actions, rewards, masks, next_obs):
         """N transitions as NumPy arrays, shapes as in Batch."""
-        columns = obs, actions, rewards[:, None], masks[:, None], next_obs
-        rows = torch.as_tensor(np.concatenate(columns, 1).astype(np.float32))
-        places = torch.arange(self.count, self.count + len(rows)) % len(self.rows)
-        self.rows[places.to(self.rows.device)] = rows.to(self.rows.device)
+        columns = (obs, actions, rewards[:, None], masks[:, None], next_obs)
+        rows = np.concatenate(columns, 1).astype(np.float32)
+        places = np.arange(self.count, self.count + len(rows)) % len(self.rows)
+        self.rows[places] = torch.as_tensor(rows, device=self.rows.device)
         self.count += len(rows)
 
     def sample(self, batch_size, generator):
         """Batch of uniformly drawn transitions."""
-        filled, device = min(self.count, len(self.rows)), self.rows.device
-        places = torch.randint(filled, (batch_size,), device=device, generator=generator)
+        num_filled = min(self.count, len(self.rows))
+        device = self.rows.device
+        places = torch.randint(num_filled, (batch_size,), device=device, generator=generator)
         obs, actions, rewards, masks, next_obs = self.rows[places].split(self.sizes, 1)
         return Batch(obs, actions, rewards[:, 0], masks[:, 0], next_obs)
 
@@ -554,43 +662,63 @@ class ReplayBuffer:
 
     def load_state_dict(self, state):
         rows = state["rows"][: len(self.rows)]  # not all, if --online-steps was lowered
-        self.count, self.rows[: len(rows)] = state["count"], rows
+        self.rows[: len(rows)] = rows
+        self.count = state["count"]
 
 
-def train(args, device, envs, eval_envs, run):
+def train(args, envs, eval_envs, run, device):
     """Learn in `envs`, evaluate in `eval_envs`, write to `run`; returns the networks.
 
     Both are vector environments with actions in [-1, 1] that reset in the same step; in gymnasium's
-    other modes there would be a step of no meaning after each episode. Raises ValueError.
+    other modes a step without meaning follows each episode. Raises ValueError.
     """
-    for each in (envs, eval_envs):
-        if each.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
-            raise ValueError(f"autoreset_mode must be SAME_STEP, is {each.metadata}")
-    torch.manual_seed(args.seed + 2**31)  # for the networks; not the generator's random numbers
+    for vector_env in (envs, eval_envs):
+        if vector_env.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
+            raise ValueError(f"autoreset_mode must be SAME_STEP, is {vector_env.metadata}")
+    torch.manual_seed(args.seed + 2**31)  # for the weights; not the generator's random numbers
     generator = torch.Generator(device).manual_seed(args.seed)
     eval_generator = torch.Generator(device)
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    obs_dim = envs.single_observation_space.shape[0]
+    action_dim = envs.single_action_space.shape[0]
     nets = Networks(obs_dim, action_dim, args).to(device)
     optimizers = make_optimizers(nets, args)
-    n, size = envs.num_envs, min(args.buffer_size, args.online_steps + envs.num_envs)
-    buffer = ReplayBuffer(size, obs_dim, action_dim, device)
+    n = envs.num_envs
+    buffer_size = min(args.buffer_size, args.online_steps + n)
+    buffer = ReplayBuffer(buffer_size, obs_dim, action_dim, device)
+
+    step = 0  # environment steps
+    num_updates = 0  # of the critics
+    metrics = {}
+    checkpoint = run.begin()
+    if checkpoint:
+        step = checkpoint["step"]
+        num_updates = checkpoint["num_updates"]
+        metrics = checkpoint["metrics"]
+        nets.load_state_dict(checkpoint["nets"])
+        buffer.load_state_dict(checkpoint["buffer"])
+        generator.set_state(checkpoint["generator"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict(state)
+    del checkpoint  # a second copy of the replay buffer
 
     @torch.no_grad()
     def explore_actions(obs):
         obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-        shape = 1 + args.flow_steps, n, action_dim
+        shape = (1 + args.flow_steps, n, action_dim)
         noise = torch.randn(shape, device=device, generator=generator)
-        return explore(nets.policy, obs, noise[0], noise[1:])[0].cpu().numpy()
+        actions, _ = explore(nets.policy, obs, noise[0], noise[1:])
+        return actions.cpu().numpy()
 
-    parts = dict(nets=nets, buffer=buffer, generator=generator, critic_adam=optimizers[0])
-    parts.update(policy_adam=optimizers[1], temperature_adam=optimizers[2])
-    saved = run.restore(parts)
-    step, updates = saved["step"], saved.get("updates", 0)
-    metrics, finished = saved.get("metrics", {}), saved.get("finished", [])
-    begin_episodes = lambda: envs.reset(seed=[(args.seed + step) * n + i for i in range(n)])[0]
-    obs, returns, save_due, shown = begin_episodes(), np.zeros(n), False, {}
-    logged_step, logged_time = step, time.perf_counter()
-    progress = run.progress(args.online_steps, step, "steps")
+    def policy(obs):
+        return act(nets, obs, args, eval_generator)
+
+    # What is inside an environment cannot be saved, so a resumed run begins new episodes.
+    obs, _ = envs.reset(seed=[(args.seed + step) * n + i for i in range(n)])
+    returns = np.zeros(n)  # of the episodes in progress
+    finished_returns = []  # since the last row of train.csv
+    run.start(step, args.online_steps, "steps")
+    logged_step = step
+    logged_time = time.perf_counter()
     while step < args.online_steps:
         if step < args.learning_starts:
             uniform = torch.rand(n, action_dim, device=device, generator=generator)
@@ -598,88 +726,291 @@ def train(args, device, envs, eval_envs, run):
         else:
             actions = explore_actions(obs)
         next_obs, rewards, terminated, truncated, infos = envs.step(actions)
-        last_obs, done = next_obs.copy(), terminated | truncated
-        if done.any():  # next_obs begins a new episode there
-            last_obs[done] = np.stack(infos["final_obs"][done])
+        ended = terminated | truncated
+        last_obs = next_obs.copy()
+        if ended.any():  # next_obs begins a new episode there
+            last_obs[ended] = np.stack(infos["final_obs"][ended])
         buffer.add(obs, actions, rewards, 1.0 - terminated, last_obs)
-        obs, returns, step = next_obs, returns + rewards, step + n
-        finished += returns[done].tolist()
-        returns[done] = 0
-        progress.update(n)
+        obs = next_obs
+        returns += rewards
+        finished_returns += returns[ended].tolist()
+        returns[ended] = 0
+        step += n
+        run.bar.update(n)
 
-        if updates == 0:  # nothing to log yet; the random steps' speed says nothing
-            logged_step, logged_time, finished = step, time.perf_counter(), []
-        for _ in range(n if step > args.learning_starts else 0):
-            batch = buffer.sample(args.batch_size, generator)
-            draws = draw(batch.actions, args.flow_steps, generator)
-            metrics.update(update_critic(nets, optimizers, batch, draws, args))
-            if updates % args.policy_frequency == 0:
-                metrics.update(update_policy(nets, optimizers, batch, draws, args))
-            updates += 1
+        if step > args.learning_starts:
+            for _ in range(n):
+                batch = buffer.sample(args.batch_size, generator)
+                draws = draw(batch.actions, args.flow_steps, generator)
+                metrics.update(update_critic(nets, optimizers, batch, draws, args))
+                if num_updates % args.policy_frequency == 0:
+                    metrics.update(update_policy(nets, optimizers, batch, draws, args))
+                num_updates += 1
+        else:  # the speed is that of learning
+            logged_step = step
+            logged_time = time.perf_counter()
 
-        ended = step >= args.online_steps
-        evaluates = step % args.eval_interval < n or ended
-        if metrics and (step % args.log_interval < n or evaluates):
-            row = {name: value.item() for name, value in metrics.items()}
-            row["train_return"] = np.mean(finished) if finished else math.nan
-            speed = (step - logged_step) / (time.perf_counter() - logged_time)
-            run.log("train.csv", step=step, **row, time_steps_per_s=round(speed, 1))
-            shown.update({k: f"{row[k]:.3g}" for k in ("critic_loss", "entropy", "temperature")})
-            progress.set_postfix(shown)
-            logged_step, logged_time, finished = step, time.perf_counter(), []
+        # An interval has passed in the last n steps if the remainder is below n.
+        evaluates = step % args.eval_interval < n or step >= args.online_steps
+        if metrics and (evaluates or step % args.log_interval < n):
+            row = dict(step=step)
+            for name, value in metrics.items():
+                row[name] = value.item()
+            row["train_return"] = np.mean(finished_returns) if finished_returns else math.nan
+            seconds = time.perf_counter() - logged_time
+            row["time_steps_per_s"] = round((step - logged_step) / seconds, 1)
+            run.log("train.csv", row)
+            finished_returns = []
+            logged_step = step
+            logged_time = time.perf_counter()
 
         if evaluates:
-            eval_start = time.perf_counter()
-            policy = lambda obs: act(nets, obs, args, eval_generator)
-            eval_generator.manual_seed(args.seed + step)
-            result = evaluate(policy, eval_envs, args.eval_episodes, 1, args.seed + step)
-            result = {name: values.mean() for name, values in result.items()}
-            run.log("eval.csv", step=step, episodes=args.eval_episodes, **result)
+            seed = args.seed + step
+            eval_generator.manual_seed(seed)
+            results = evaluate(policy, eval_envs, args.eval_episodes, seed)
+            row = dict(step=step, episodes=args.eval_episodes)
+            for name, values in results.items():
+                row[name] = values.mean().item()
+            run.log("eval.csv", row)
             run.plot("environment steps")
-            shown["return"], save_due = f"{result['return']:.1f}", True
-            progress.set_postfix(shown)
-            logged_time += time.perf_counter() - eval_start  # does not count as steps
+            logged_time = time.perf_counter()  # the speed is that of learning
 
-        if save_due and (done.any() or ended):
-            # What is inside an environment cannot be saved, so all begin new episodes here, as a
-            # run does that goes on from this checkpoint.
-            counts = dict(step=step, updates=updates, metrics=metrics, finished=finished)
-            run.save(parts, **counts, sizes=nets.sizes)
-            obs, returns, save_due = begin_episodes(), np.zeros(n), False
+        if evaluates or run.save_is_due():
+            run.save(
+                step=step,
+                num_updates=num_updates,
+                metrics=metrics,
+                sizes=nets.sizes,
+                nets=nets.state_dict(),
+                buffer=buffer.state_dict(),
+                generator=generator.get_state(),
+                optimizers=[optimizer.state_dict() for optimizer in optimizers],
+            )
     run.finish()
     return nets
 
 
-def continuous_env(env_id):
-    """Gymnasium id -> function that makes it, with actions in [-1, 1]. Raises UserError."""
-    make = lambda **options: RescaleAction(gymnasium.make(env_id, **options), -1.0, 1.0)
-    with common.blame(f"--env {env_id}: cannot be used"), make() as env:
-        (_,), (_,) = env.observation_space.shape, env.action_space.shape  # vectors
-    return make
+# --------------------------------------------------------------------------------- environments
+
+
+class SeededReset(gymnasium.Wrapper):
+    """Makes episodes reproducible: OGBench draws from NumPy's global generator too.
+
+    For an environment that has a process to itself. Of a step's info only `success` is kept; the
+    rest would be sent from process to process for nothing.
+    """
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.rng = np.random.default_rng()
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
+        episode_seed = int(self.rng.integers(2**31))
+        np.random.seed(episode_seed)
+        obs, _ = self.env.reset(seed=episode_seed, options=options)
+        return obs, {}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        kept = {"success": info["success"]} if "success" in info else {}
+        return obs, reward, terminated, truncated, kept
+
+
+class Envs(AsyncVectorEnv):
+    """Environments in processes of their own, which close at once."""
+
+    def close_extras(self, **kwargs):
+        for process in self.processes:  # gymnasium waits for their answers, perhaps for ever
+            process.kill()
+
+
+def make_envs(make_env, num_envs):
+    """Vector environment of `num_envs` times what the function make_env returns."""
+
+    def start():
+        if multiprocessing.parent_process():  # in a worker; gymnasium makes one more in this one
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process,
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which then kills its workers
+        return SeededReset(make_env())
+
+    return Envs([start] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+# --------------------------------------------------------------------------------- command line
+
+MAY_CHANGE_ON_RESUME = (
+    "resume dataset dataset_url offline_steps online_steps eval_interval eval_episodes "
+    "log_interval compile track"
+).split()
+MAY_CHANGE_ON_EVALUATE = "evaluate video eval_episodes seed device matmul_precision".split()
+
+
+def parse_args():
+    """The command line as Args. Raises UserError.
+
+    A flag that is not given has the value of the run to resume or to evaluate, else that of
+    SETTINGS for --env, else the default in Args.
+    """
+    description = __doc__ + "\nDefaults by environment, shown in full by --env NAME --help:\n\n"
+    for prefix, settings in SETTINGS.items():
+        values = ", ".join(f"{name}={value}" for name, value in settings.items())
+        description += f"    {prefix}: {values}\n"
+
+    given, _ = tyro.cli(Args, return_unknown_args=True, add_help=False)
+    default = Args(env=given.env)
+    for prefix, settings in SETTINGS.items():
+        if given.env.startswith(prefix):
+            default = replace(default, **settings)
+    folder = given.resume or given.evaluate
+    if folder:
+        saved = saved_args(common.read_checkpoint(folder, Path(__file__).name))
+        default = replace(saved, resume="", evaluate="", video=False)
+    args = tyro.cli(Args, default=default, description=description)
+
+    check_args(args)
+    if args.resume and args.evaluate:
+        raise common.UserError("--resume and --evaluate exclude each other")
+    if args.video and not args.evaluate:
+        raise common.UserError("--video: needs --evaluate RUN")
+    may_change = MAY_CHANGE_ON_RESUME if args.resume else MAY_CHANGE_ON_EVALUATE
+    for name, value in vars(args).items():
+        before = getattr(default, name)
+        if folder and value != before and name not in may_change:
+            flag = name.replace("_", "-")
+            raise common.UserError(f"--{flag} {value}: {folder} was trained with {before}")
+    return args
+
+
+def choose_device(name):
+    """The torch.device of --device. Raises UserError."""
+    num_gpus = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if num_gpus else "cpu")
+    names = ["cpu"]
+    if num_gpus:
+        names += ["cuda"] + [f"cuda:{i}" for i in range(num_gpus)]
+    if name not in names:
+        raise common.UserError(f"--device {name}: must be auto or one of {', '.join(names)}")
+    return torch.device(name)
+
+
+def set_matmul_precision(precision, device):
+    """Choose how float32 matrices are multiplied; "auto" is TF32 on CUDA.
+
+    On a CPU, torch multiplies with MKL, unless the precision is "medium": then with oneDNN, which
+    is up to twice as fast on AMD and, on CPUs with bfloat16 units, may round to bfloat16. So "auto"
+    is "medium" if the product of two matrices shows the precision of float32, else "highest".
+    """
+    if precision != "auto":
+        torch.set_float32_matmul_precision(precision)
+        return
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        return
+    torch.set_float32_matmul_precision("medium")
+    x, y = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
+    exact = x.double() @ y.double()
+    if (x @ y - exact).norm() > 1e-5 * exact.norm():
+        torch.set_float32_matmul_precision("highest")
+
+
+def report(results):
+    """Print the mean of each result and its 95 % interval; for the success rate it is Wilson's."""
+    z = 1.96
+    for name, values in results.items():
+        n = len(values)
+        mean = values.mean()
+        if name == "success":
+            centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
+            half = z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
+        else:
+            centre = mean
+            half = z * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+        if not np.isnan(mean):
+            print(f"{name} {mean:.4g} (95 %: {centre - half:.4g} to {centre + half:.4g})")
+
+
+def film(policy, env, seed, path):
+    """Write three episodes in `env` (render_mode "rgb_array") to a GIF, every eighth step."""
+    frames = []
+    for episode in range(3):
+        obs, _ = env.reset(seed=seed + episode)
+        step = 0
+        done = False
+        while not done:
+            for action in policy(obs[None])[0]:
+                if step % 8 == 0:
+                    frames.append(env.render())
+                obs, _, terminated, truncated, _ = env.step(action)
+                step += 1
+                done = terminated or truncated
+                if done:
+                    break
+    imageio.mimsave(path, frames, loop=0)
+    print(f"three episodes, every eighth step: {path}")
+
+
+def evaluate_run(args, make_env, envs, device):
+    """--evaluate: print what the policy of a run achieves; --video: film it."""
+    nets, _ = load(args.evaluate, device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+
+    def policy(obs):
+        return act(nets, obs, args, generator)
+
+    report(evaluate(policy, envs, args.eval_episodes, args.seed))
+    if args.video:
+        with SeededReset(make_env(render_mode="rgb_array")) as env:
+            film(policy, env, args.seed, Path(args.evaluate) / "evaluation.gif")
+
+
+def make_env(env_id, **options):
+    """A Gymnasium environment with actions rescaled to [-1, 1]. Raises UserError."""
+    try:
+        env = gymnasium.make(env_id, **options)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise common.UserError(f"--env {env_id}: {error}") from None
+    for kind, space in (("observation", env.observation_space), ("action", env.action_space)):
+        if not isinstance(space, Box) or len(space.shape) != 1:
+            raise common.UserError(f"--env {env_id}: requires a Box {kind} space of one dimension")
+    return gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
 
 
 def main():
-    args = common.parse_args(Args, __doc__, SETTINGS)
-    make_env = continuous_env(args.env)
-    if args.learning_starts >= args.online_steps:
-        what = f"--learning-starts {args.learning_starts}: nothing would be learned in"
-        raise common.UserError(f"{what} --online-steps {args.online_steps}")
-    device = common.pick_device(args.device, args.matmul_precision)
-    if args.evaluate:
-        nets, _ = load(args.evaluate, device)
-        generator = torch.Generator(device).manual_seed(args.seed)
-        return common.report(evaluate, lambda obs: act(nets, obs, args, generator), make_env, args)
-    config = dict(args=vars(args), device=str(device))
-    folder = f"{args.env}__{Path(__file__).stem}__{args.seed}"
-    print("settings:", ", ".join(f"{k}={v}" for k, v in vars(args).items()))
-    with (
-        common.Run(args.run_dir, folder, config, args.resume) as run,
-        closing(common.make_envs(make_env, args.num_envs)) as envs,
-        closing(common.make_envs(make_env, min(args.eval_episodes, 25))) as eval_envs,
+    args = parse_args()
+    device = choose_device(args.device)
+
+    def make_this_env(**options):
+        return make_env(args.env, **options)
+
+    num_eval_envs = min(args.eval_episodes, 25)
+    with (  # before CUDA is used: they fork
+        closing(make_envs(make_this_env, num_eval_envs)) as eval_envs,
+        closing(make_envs(make_this_env, args.num_envs)) as envs,
     ):
-        print(f"device: {device}, writing to {run.path}")
-        train(args, device, envs, eval_envs, run)
+        set_matmul_precision(args.matmul_precision, device)
+        if args.evaluate:
+            return evaluate_run(args, make_this_env, eval_envs, device)
+        script = Path(__file__)
+        started = time.strftime("%Y%m%d-%H%M%S")
+        new_folder = Path(args.run_dir) / f"{args.env}__{script.stem}__{args.seed}__{started}"
+        config = dict(script=script.name, args=vars(args), device=device.type)
+        folder = args.resume or new_folder
+        with common.Run(folder, config, bool(args.resume), args.track) as run:
+            print("settings:", ", ".join(f"{name}={value}" for name, value in vars(args).items()))
+            print(f"device: {device}, writing to {run.folder}")
+            train(args, envs, eval_envs, run, device)
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's signal: like Ctrl-C
+    try:
+        main()
+    except (common.UserError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -122,6 +122,9 @@ def check_args(args):
     require(0 <= args.seed < 2**31, "seed", "between 0 and 2**31 - 1")
     require(len(args.hidden) > 0, "hidden", "at least one width")
     require(1 <= min(args.hidden) <= max(args.hidden) <= 10_000, "hidden", "between 1 and 10000")
+    has_compiler = shutil.which("g++") or shutil.which("clang++") or "CXX" in os.environ
+    if args.compile and not has_compiler:
+        raise common.UserError("--compile: no C++ compiler found (g++, clang++ or $CXX)")
 
 
 # Defaults per environment: the paper's; for pointmaze our own, small enough for a laptop.
@@ -416,19 +419,20 @@ def act(nets, obs, args, generator=None):
     return actions.view(len(obs), args.horizon, -1).cpu().numpy()
 
 
-def evaluate(policy, envs, num_episodes, horizon, seed):
+def evaluate(policy, envs, num_episodes, seed):
     """Success (NaN if the environment has none), return and length: arrays (num_episodes,).
 
-    policy: observations (N, O) -> actions (N, horizon, A), as NumPy arrays. envs: N environments
-    with autoreset mode SAME_STEP. Each plays a fixed share of the episodes: the first ones to
-    finish, wherever they are, would be the short, successful ones.
+    policy: observations (N, O) -> the next h actions (N, h, A), as NumPy arrays. envs: N
+    environments with autoreset mode SAME_STEP. Each plays a fixed share of the episodes: the first
+    ones to finish, wherever they are, would be the short, successful ones.
     """
     n = envs.num_envs
     episodes_left = np.full(n, num_episodes // n)
     episodes_left[: num_episodes % n] += 1
     obs, _ = envs.reset(seed=[seed * n + i for i in range(n)])
-    chunks = np.zeros((n, horizon, *envs.single_action_space.shape), np.float32)
-    position = np.full(n, horizon)  # of the next action in its chunk
+    chunks = np.array(policy(obs))
+    horizon = chunks.shape[1]
+    position = np.zeros(n, int)  # of the next action in its chunk
     returns = np.zeros(n)
     lengths = np.zeros(n)
     results = {"success": [], "return": [], "length": []}
@@ -539,7 +543,7 @@ def train(args, dataset, envs, run):
         if evaluates:
             seed = args.seed + step
             eval_generator.manual_seed(seed)
-            results = evaluate(policy, envs, args.eval_episodes, args.horizon, seed)
+            results = evaluate(policy, envs, args.eval_episodes, seed)
             row = dict(step=step, episodes=args.eval_episodes)
             for name, values in results.items():
                 row[name] = values.mean().item()
@@ -652,20 +656,17 @@ def parse_args():
     return args
 
 
-def choose_device(args):
+def choose_device(name):
     """The torch.device of --device. Raises UserError."""
-    has_compiler = shutil.which("g++") or shutil.which("clang++") or "CXX" in os.environ
-    if args.compile and not has_compiler:
-        raise common.UserError("--compile: no C++ compiler found (g++, clang++ or $CXX)")
     num_gpus = torch.cuda.device_count()
-    if args.device == "auto":
+    if name == "auto":
         return torch.device("cuda" if num_gpus else "cpu")
     names = ["cpu"]
     if num_gpus:
         names += ["cuda"] + [f"cuda:{i}" for i in range(num_gpus)]
-    if args.device not in names:
-        raise common.UserError(f"--device {args.device}: must be auto or one of {', '.join(names)}")
-    return torch.device(args.device)
+    if name not in names:
+        raise common.UserError(f"--device {name}: must be auto or one of {', '.join(names)}")
+    return torch.device(name)
 
 
 def set_matmul_precision(precision, device):
@@ -732,7 +733,7 @@ def evaluate_run(args, make_env, envs, device):
     def policy(obs):
         return act(nets, obs, args, generator)
 
-    report(evaluate(policy, envs, args.eval_episodes, args.horizon, args.seed))
+    report(evaluate(policy, envs, args.eval_episodes, args.seed))
     if args.video:
         with SeededReset(make_env(render_mode="rgb_array")) as env:
             film(policy, env, args.seed, Path(args.evaluate) / "evaluation.gif")
@@ -741,7 +742,7 @@ def evaluate_run(args, make_env, envs, device):
 def main():
     args = parse_args()
     name, dataset_name, env_id = common.resolve_task(args.env, args.task)
-    device = choose_device(args)
+    device = choose_device(args.device)
 
     def make_env(**options):
         return gymnasium.make(env_id, **options)
