@@ -27,6 +27,7 @@ import multiprocessing
 import signal
 import sys
 import time
+import warnings
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from typing import Literal, NamedTuple
 
 import gymnasium
 import imageio
+import mujoco
 import numpy as np
 import ogbench.online_locomotion  # noqa: F401  registers online-ant-v0 and relatives
 import torch
@@ -962,8 +964,13 @@ def evaluate_run(args, make_env, envs, device):
 
     report(evaluate(policy, envs, args.eval_episodes, args.seed))
     if args.video:
-        with SeededReset(make_env(render_mode="rgb_array")) as env:
-            film(policy, env, args.seed, Path(args.evaluate) / "evaluation.gif")
+        path = Path(args.evaluate) / "evaluation.gif"
+        try:
+            with SeededReset(make_env(render_mode="rgb_array")) as env:
+                film(policy, env, args.seed, path)
+        except (mujoco.FatalError, gymnasium.error.DependencyNotInstalled) as error:
+            hint = "without a display, set the environment variable MUJOCO_GL to egl or osmesa"
+            raise common.UserError(f"--video: cannot render ({error}); {hint}") from None
 
 
 def make_env(env_id, **options):
@@ -1005,6 +1012,7 @@ def main():
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, float64 spaces
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's signal: like Ctrl-C
     try:
         main()
