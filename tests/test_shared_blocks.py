@@ -1,86 +1,108 @@
-"""The method files repeat their common blocks letter for letter; what may differ is named here."""
+"""Definitions that the method files share stand in each of them letter for letter the same."""
 
 import ast
+from itertools import combinations
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-# Blocks of qflow.py that another file may have in a version of its own, and those that it lacks.
-DIFFER = {
-    "fql": {"Args", "SETTINGS", "Networks", "Draws", "draw", "sample_actions", "policy_loss"}
-    | {"total_loss", "main"},
-    "flow_sac": {"Args", "SETTINGS", "EnsembleLinear", "Critic", "Networks", "rollout", "main"}
-    | {"sample_actions", "Draws", "draw", "critic_loss", "policy_loss", "act", "train"},
+import pytest
+
+SCRIPTS = ("qflow", "fql", "flow_sac")
+PAIRS = list(combinations(SCRIPTS, 2))
+IN_ALL_THREE = (
+    "saved_args load evaluate SeededReset Envs make_envs parse_args choose_device "
+    "set_matmul_precision report film evaluate_run __main__"
+).split()
+
+# Definitions that differ although they have the same name.
+OWN = set("Args check_args SETTINGS Networks sample_actions Draws draw policy_loss".split())
+OWN_OF_FLOW_SAC = {"EnsembleLinear", "Critic", "rollout", "critic_loss", "act", "train", "main"}
+DIFFERENT_BLOCKS = {
+    ("qflow", "fql"): OWN | {"total_loss"},
+    ("qflow", "flow_sac"): OWN | OWN_OF_FLOW_SAC,
+    ("fql", "flow_sac"): OWN | OWN_OF_FLOW_SAC,
 }
-ABSENT = {
-    "fql": {"Value", "targets", "guidance", "value_loss"},
-    "flow_sac": {"EnsembleLayerNorm", "GELU", "MLP", "Velocity", "Value", "aggregate"}
-    | {"capture", "targets", "guidance", "value_loss", "total_loss", "make_optimizer", "update"},
-}
-OWN = {
-    "fql": {"OneStep", "flow_loss", "critic_target"},
-    "flow_sac": {"lecun_normal_", "Linear", "mlp", "BatchRenorm", "NaiveVelocity", "LogSigma"}
-    | {"GatedVelocity", "DecoderLayer", "DecodedVelocity", "Policy", "explore"}
-    | {
-        "Batch",
-        "make_optimizers",
-        "update_critic",
-        "update_policy",
-        "ReplayBuffer",
-        "continuous_env",
-    },
-}
-# Flags: how many are declared as in qflow.py, and which have its name but another default or unit.
-SHARED = {
-    "fql": (24, set()),
-    "flow_sac": (
-        9,
-        {"env", "seed", "batch_size", "hidden", "flow_steps", "eval_interval", "log_interval"},
-    ),
+FLAGS_OF_FLOW_SAC = set("env seed batch_size hidden flow_steps eval_interval log_interval".split())
+DIFFERENT_FLAGS = {
+    ("qflow", "fql"): set(),
+    ("qflow", "flow_sac"): FLAGS_OF_FLOW_SAC,
+    ("fql", "flow_sac"): FLAGS_OF_FLOW_SAC,
 }
 
 
-def blocks(name):
-    """Top-level definitions, name -> source, comments above them and decorators included."""
-    text = (ROOT / f"{name}.py").read_text()
-    lines, found, end = text.splitlines(), {}, 0
-    for node in ast.parse(text).body:
-        names = [getattr(node, "name", None)]
-        if isinstance(node, ast.Assign):
-            names = [target.id for target in node.targets]
-        if names[0]:
-            found[names[0]] = "\n".join(lines[end : node.end_lineno]).strip()
+def sources(nodes, lines, first_line):
+    """The source of each named node (name -> text), with the comments and decorators above it.
+
+    A string after a node, such as the docstring of a flag, belongs to the node.
+    """
+    found = {}
+    name = None
+    end = first_line
+    for node in nodes:
+        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        text = "\n".join(lines[end : node.end_lineno]).strip()
+        if is_docstring and name:
+            found[name] += "\n" + text
+        else:
+            name = node_name(node)
+            if name:
+                assert name not in found, f"{name} is defined twice"
+                found[name] = text
         end = node.end_lineno
     return found
 
 
-def test_shared_blocks_are_the_same():
-    reference = blocks("qflow")
-    for method in DIFFER:
-        other = blocks(method)
-        assert set(reference) - set(other) == ABSENT[method]
-        assert set(other) - set(reference) == OWN[method]
-        same = [name for name in other if name in reference]
-        assert same == [name for name in reference if name in other], "not in the same order"
-        differing = {name for name in same if other[name] != reference[name]}
-        assert differing == DIFFER[method]
+def node_name(node):
+    """The name that a statement defines, __main__ for the last block, else None."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return node.name
+    if isinstance(node, ast.Assign):
+        return ast.unparse(node.targets[0])
+    if isinstance(node, ast.AnnAssign):
+        return ast.unparse(node.target)
+    if isinstance(node, ast.If):
+        return "__main__"
+    return None
 
 
-def test_shared_flags_are_declared_the_same():
-    def fields(name):
-        (args,) = (n for n in ast.parse((ROOT / f"{name}.py").read_text()).body if _is_args(n))
-        pairs = zip(args.body[::2], args.body[1::2])
-        return {f.target.id: (ast.unparse(f), doc.value.value) for f, doc in pairs}
-
-    reference = fields("qflow")
-    for method in DIFFER:
-        other = fields(method)
-        shared = [name for name in reference if name in other]
-        assert shared == [name for name in other if name in reference]
-        same = [name for name in shared if reference[name] == other[name]]
-        count, differing = SHARED[method]
-        assert set(shared) - set(same) == differing
-        assert len(same) == count and len(other) <= 28
+def read(script):
+    """The definitions of a script and the fields of its Args: two dicts, name -> source."""
+    text = (Path(__file__).parent.parent / f"{script}.py").read_text()
+    nodes = ast.parse(text).body
+    (args,) = (node for node in nodes if node_name(node) == "Args")
+    lines = text.splitlines()
+    return sources(nodes, lines, 0), sources(args.body, lines, args.lineno)
 
 
-def _is_args(node):
-    return isinstance(node, ast.ClassDef) and node.name == "Args"
+def differing_names(first, second):
+    """Names that are in both, in the same order, with a different source."""
+    shared = [name for name in first if name in second]
+    assert shared == [name for name in second if name in first], "not in the same order"
+    return {name for name in shared if first[name] != second[name]}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_shared_definitions_are_the_same(pair):
+    first, second = (read(script)[0] for script in pair)
+    assert differing_names(first, second) == DIFFERENT_BLOCKS[pair]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_file_has_the_blocks_that_belong_in_all(script):
+    blocks, _ = read(script)
+    assert set(IN_ALL_THREE) <= set(blocks)
+    assert list(blocks)[-1] == "__main__"
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_shared_flags_are_declared_the_same(pair):
+    first, second = (read(script)[1] for script in pair)
+    assert differing_names(first, second) == DIFFERENT_FLAGS[pair]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_flag_has_a_line_of_help(script):
+    _, flags = read(script)
+    assert "seed" in flags
+    for source in flags.values():
+        declaration, docstring = source.splitlines()
+        assert docstring.strip().startswith('"""')
