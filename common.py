@@ -532,6 +532,8 @@ class Run:
         state = {}
         if (self.folder / "checkpoint.pt").exists():
             state = read_checkpoint(self.folder, self.config["script"])
+            if "rows" not in state:
+                raise UserError(f"--resume {self.folder}: has weights only, for --evaluate")
             for name in ("device", "dataset"):
                 before, now = state["config"].get(name), self.config.get(name)
                 if before != now:

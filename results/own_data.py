@@ -1,0 +1,50 @@
+"""Q-Flow on arrays and an environment of your own: here, random episodes of Pendulum.
+
+python results/own_data.py
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
+import qflow  # noqa: E402
+
+
+def make_env():
+    return gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1.0, 1.0)
+
+
+# Your episodes, one after the other: here five with random actions.
+rows = []  # observation, action, reward, mask (0 where no future counts), valid
+env = make_env()
+env.action_space.seed(0)
+for episode in range(5):
+    obs, _ = env.reset(seed=episode)
+    done = False
+    while not done:
+        action = env.action_space.sample()
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        rows.append((obs, action, reward, 1 - terminated, 1))
+        obs = next_obs
+        done = terminated or truncated
+    rows.append((obs, action, 0, 0, 0))  # the last observation; nothing else of this row is used
+
+
+def main():
+    envs = qflow.make_envs(make_env, 4)  # a process each
+    dataset = common.Dataset(*[np.array(column) for column in zip(*rows)])
+    args = qflow.Args(offline_steps=200, eval_interval=100, eval_episodes=4, hidden=(64, 64))
+    folder = f"runs/Pendulum-v1__qflow__0__{time.strftime('%Y%m%d-%H%M%S')}"
+    with common.Run(folder, dict(script="qflow.py", args=vars(args))) as run:
+        nets = qflow.train(args, dataset, envs, run)
+    envs.close()
+    print("action", qflow.act(nets, obs[None], args)[0, 0])
+
+
+if __name__ == "__main__":
+    main()
