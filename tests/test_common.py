@@ -1,16 +1,19 @@
-"""Names, datasets, sampling, collection and run folders."""
+"""Names, datasets, sampling, collection, run folders; the scripts' environments and devices."""
 
 import json
 import re
+import sys
 from itertools import product
 from unittest.mock import Mock
 
 import gymnasium
 import numpy as np
+import ogbench
 import pytest
 import torch
 
 import common
+import qflow
 
 NAME = "pointmaze-medium-navigate-v0"
 TASK, DATASET, ENV_ID = common.resolve_task(NAME)
@@ -28,7 +31,7 @@ DATASETS = (  # that OGBench publishes for environments on states
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / f"{NAME}.npz"
-    common.collect_pointmaze(NAME, path, episodes=3, workers=2)
+    common.collect_pointmaze(NAME, path, num_episodes=3, workers=2)
     return path
 
 
@@ -36,8 +39,10 @@ def collected(tmp_path_factory):
 
 
 def test_every_name_of_every_dataset_resolves_to_an_environment():
-    parts = ([part.split(",") for part in re.split("[{}]", names)] for names in DATASETS)
-    stems = ["".join(choice) for each in parts for choice in product(*each)]
+    stems = []
+    for pattern in DATASETS:
+        alternatives = [part.split(",") for part in re.split("[{}]", pattern)]
+        stems += ["".join(choice) for choice in product(*alternatives)]
     assert len(set(stems)) == 47
     for stem in stems:
         name = f"{stem}-v0"
@@ -52,7 +57,8 @@ def test_every_name_of_every_dataset_resolves_to_an_environment():
             full, dataset, env_id = common.resolve_task(env, task)
             assert (full, dataset) == (f"{stem}-{suffix}-v0", name)
             spec = gymnasium.spec(env_id)  # raises if there is no such environment
-            assert spec.kwargs["reward_task_id"] == int(suffix[15:] or 0)
+            number = suffix.removeprefix("singletask").removeprefix("-task")
+            assert spec.kwargs["reward_task_id"] == int(number or 0)
             assert spec.kwargs.get("ob_type") != "pixels"
 
 
@@ -73,52 +79,68 @@ def test_every_name_of_every_dataset_resolves_to_an_environment():
     ],
 )
 def test_wrong_names_are_one_line_with_the_way_out(env, task, words):
-    with pytest.raises(common.UserError, match=re.escape(words)) as e:
+    with pytest.raises(common.UserError, match=re.escape(words)) as error:
         common.resolve_task(env, task)
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------------- sampling
 
 
-def random_dataset(rng, lengths=(1, 4, 2, 9, 1)):
-    n, ends = sum(lengths), np.cumsum(lengths) - 1
+def random_transitions(rng, lengths=(1, 4, 2, 9, 1)):
+    """Arrays of 17 transitions in episodes of these lengths, each with its own next observation."""
+    n = sum(lengths)
+    ends = np.cumsum(lengths) - 1
     terminals = np.zeros(n)
     terminals[ends] = 1
-    obs = rng.normal(size=(n, 3)).astype(np.float32)
-    next_obs = np.concatenate([obs[1:], obs[:1]])
-    next_obs[ends] = rng.normal(size=(len(ends), 3))
-    actions = rng.uniform(-1, 1, (n, 2)).astype(np.float32)
-    masks = (rng.random(n) < 0.8).astype(np.float32)
+    observations = rng.normal(size=(n, 3)).astype(np.float32)
+    next_observations = np.concatenate([observations[1:], observations[:1]])
+    next_observations[ends] = rng.normal(size=(len(ends), 3))
     return dict(
-        observations=obs,
-        actions=actions,
-        next_observations=next_obs,
+        observations=observations,
+        actions=rng.uniform(-1, 1, (n, 2)).astype(np.float32),
+        next_observations=next_observations,
         rewards=rng.normal(size=n),
-        masks=masks,
+        masks=(rng.random(n) < 0.8).astype(np.float32),
         terminals=terminals,
     )
 
 
 def compact(observations, actions, next_observations, rewards, masks, terminals):
-    """Transitions in OGBench's compact layout: a row more per episode, for its last observation."""
-    ends = np.flatnonzero([*terminals[:-1], 1]) + 1
+    """In OGBench's compact layout: one more row per episode, for its last observation."""
+    ends = np.flatnonzero(terminals) + 1
     rows = dict(observations=observations, actions=actions, rewards=rewards, masks=masks)
-    rows = {k: np.insert(v, ends, 0, axis=0) for k, v in rows.items()}
+    rows = {name: np.insert(array, ends, 0, axis=0) for name, array in rows.items()}
     rows["valids"] = np.insert(np.ones(len(actions)), ends, 0)
     rows["observations"][rows["valids"] == 0] = next_observations[ends - 1]
     return rows
 
 
+def small_dataset():
+    """A Dataset of 17 transitions in 5 episodes."""
+    return common.Dataset(**compact(**random_transitions(np.random.default_rng(0))))
+
+
+def start_counts(dataset, batch):
+    """How often a batch begins with each transition of the dataset: (N,)."""
+    first_rows = dataset.observations[dataset.rows]
+    is_start = (batch.observations[:, None] == first_rows).all(-1)
+    assert (is_start.sum(1) == 1).all()
+    return is_start.sum(0)
+
+
 @pytest.mark.parametrize("horizon", [1, 2, 3, 7])
 def test_chunks_against_brute_force(horizon):
     for seed in range(20):
-        data = random_dataset(np.random.default_rng(seed))
+        data = random_transitions(np.random.default_rng(seed))
         dataset = common.Dataset(**compact(**data))
-        n, discount = len(data["actions"]), 0.9
-        batch = dataset.chunks(torch.arange(n - horizon + 1), horizon, discount)
-        for i in range(n - horizon + 1):
-            reward, mask, valid, last = 0.0, 1.0, [], None
+        num_starts = len(data["actions"]) - horizon + 1
+        discount = 0.9
+        batch = dataset.chunks(torch.arange(num_starts), horizon, discount)
+        for i in range(num_starts):
+            reward = 0.0
+            mask = 1.0
+            valid = []
             alive = True
             for j in range(horizon):
                 valid.append(float(alive))
@@ -136,24 +158,56 @@ def test_chunks_against_brute_force(horizon):
 
 
 def test_sample_draws_all_starts_equally_and_nothing_else():
-    dataset = common.Dataset(**compact(**random_dataset(np.random.default_rng(0))))
+    dataset = small_dataset()
     generator = torch.Generator().manual_seed(0)
-    batch = dataset.sample(30_000, 3, 0.9, generator)
-    firsts = dataset.observations[dataset.rows]
-    which = (batch.observations[:, None] == firsts).all(-1).float().argmax(1)
-    counts = torch.bincount(which, minlength=len(dataset))
-    assert counts[15:].sum() == 0  # 17 transitions, chunks of 3
+    counts = start_counts(dataset, dataset.sample(30_000, 3, 0.9, generator))
+    assert counts[15:].sum() == 0  # 17 transitions, chunks of 3: the last start is the 15th
     assert (counts[:15] - 2000).abs().max() < 5 * 2000**0.5
+
+
+def test_sample_is_chunks_of_the_generators_starts():
+    dataset = small_dataset()
+    u = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    expected = dataset.chunks((u * 15).long(), 3, 0.9)
+    batch = dataset.sample(64, 3, 0.9, torch.Generator().manual_seed(3))
+    assert all(torch.equal(a, b) for a, b in zip(batch, expected))
+
+
+def test_sample_draws_equally_from_more_starts_than_float32_can_tell_apart(monkeypatch):
+    dataset = small_dataset()
+    monkeypatch.setattr(dataset, "chunks", lambda starts, horizon, discount: starts)
+    dataset.count.fill_(2**28)
+    starts = dataset.sample(16_000, generator=torch.Generator().manual_seed(0))
+    counts = torch.bincount(starts % 16)  # a float32 draw times 2^28 is a multiple of 16
+    assert len(counts) == 16 and (counts - 1000).abs().max() < 5 * 1000**0.5
+
+
+def test_sample_reads_rows_and_their_number_anew():
+    dataset = small_dataset()
+    assert dataset.count.shape == () and dataset.count.device == dataset.rows.device
+    generator = torch.Generator().manual_seed(0)
+    dataset.count.fill_(5)  # room for 17 transitions, of which 5 are there
+    counts = start_counts(dataset, dataset.sample(1000, 3, 0.9, generator))
+    assert (counts[:3] > 0).all() and counts[3:].sum() == 0
+    dataset.count.add_(1)  # one more
+    counts = start_counts(dataset, dataset.sample(1000, 3, 0.9, generator))
+    assert (counts[:4] > 0).all() and counts[4:].sum() == 0
+    new_observation = torch.tensor([7.0, 8.0, 9.0])
+    dataset.observations[dataset.rows[3]] = new_observation
+    batch = dataset.sample(1000, 3, 0.9, generator)
+    assert (batch.observations == new_observation).all(1).any()
 
 
 def test_a_million_antmaze_transitions_fit_in_a_third_of_a_gigabyte():
     n, length = 100_000, 1000
-    obs = np.zeros((n, 29), np.float32)
+    observations = np.zeros((n, 29), np.float32)
+    actions = np.zeros((n, 8), np.float32)
     valids = (np.arange(n) % length != length - 1).astype(np.float32)
-    data = common.Dataset(obs, np.zeros((n, 8), np.float32), valids, valids, valids)
-    size = sum(t.nbytes for t in vars(data).values() if isinstance(t, torch.Tensor))
+    dataset = common.Dataset(observations, actions, valids, valids, valids)
+    size = sum(x.nbytes for x in vars(dataset).values() if isinstance(x, torch.Tensor))
     assert size * 10 < 0.35e9
-    assert len(data) + data.episodes == n and data.episodes == 100
+    assert len(dataset) + dataset.num_episodes == n
+    assert dataset.num_episodes == 100
 
 
 @pytest.mark.parametrize(
@@ -163,14 +217,15 @@ def test_a_million_antmaze_transitions_fit_in_a_third_of_a_gigabyte():
         (dict(observations=np.zeros((21, 3))), "observations has the wrong length"),
         (dict(masks=np.full(22, np.nan)), "masks has NaN, infinity"),
         (dict(actions=np.full((22, 2), 1.5)), "actions beyond [-1, 1]"),
-        (dict(valids=np.ones(22)), "no end in the last row"),
+        (dict(valids=np.ones(22)), "no end of an episode in the last row"),
         (dict(valids=np.zeros(22)), "no transitions"),
         (dict(valids=np.zeros((0,))), "wrong length"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(change, words):
+    arrays = compact(**random_transitions(np.random.default_rng(0)))
     with pytest.raises(ValueError, match=re.escape(words)):
-        common.Dataset(**{**compact(**random_dataset(np.random.default_rng(0))), **change})
+        common.Dataset(**{**arrays, **change})
 
 
 # ---------------------------------------------------------------------------------------- files
@@ -178,11 +233,11 @@ def test_arrays_that_do_not_fit_are_refused(change, words):
 
 def test_collected_file_follows_the_protocol_whatever_the_workers(collected, tmp_path):
     other = tmp_path / "one_worker.npz"
-    common.collect_pointmaze(NAME, other, episodes=3, workers=1)
+    common.collect_pointmaze(NAME, other, num_episodes=3, workers=1)
     with np.load(collected) as a, np.load(other) as b:
         assert set(a) == {"observations", "actions", "terminals", "qpos", "qvel", "source"}
-        assert all(np.array_equal(a[k], b[k]) for k in a)
-        assert "3 episodes" in str(a["source"]) and "not official" in str(a["source"])
+        assert all(np.array_equal(a[name], b[name]) for name in a)
+        assert "seed 0" in str(a["source"]) and "not the official file" in str(a["source"])
         assert a["observations"].shape == (3003, 2)
         assert np.flatnonzero(a["terminals"]).tolist() == [1000, 2001, 3002]
         assert not np.array_equal(a["observations"][0], a["observations"][1001])
@@ -193,84 +248,93 @@ def test_collected_file_follows_the_protocol_whatever_the_workers(collected, tmp
 
 
 def test_loading_agrees_with_ogbench(collected):
-    import ogbench
-
     with np.load(collected) as file:
         np.savez(collected.with_name(f"{NAME}-val.npz"), **file)  # which OGBench insists on
     env, theirs, _ = ogbench.make_env_and_datasets(
         "pointmaze-medium-navigate-singletask-task2-v0", dataset_path=str(collected)
     )
     env.close()
-    dataset, _ = common.load_dataset(collected, common.resolve_task(NAME, 2)[2], "cpu")
-    assert len(dataset) == 3000 and dataset.episodes == 3
+    dataset, source = common.load_dataset(collected, common.resolve_task(NAME, 2)[2], "cpu")
+    assert "not the official file" in source
+    assert len(dataset) == 3000 and dataset.num_episodes == 3
     batch = dataset.chunks(torch.arange(3000), 1, 0.99)
-    for key in ("observations", "next_observations", "rewards", "masks"):
-        assert np.array_equal(getattr(batch, key), theirs[key]), key
+    for name in ("observations", "next_observations", "rewards", "masks"):
+        assert np.array_equal(getattr(batch, name), theirs[name]), name
     assert np.allclose(batch.actions, theirs["actions"], atol=1.1e-5)
     assert batch.actions.abs().max() < 1 and theirs["masks"].min() == 0
 
 
-def damaged(source, target, damage):
-    with np.load(source) as file:
+def load_error(path):
+    """The message of the UserError that loading this file raises."""
+    with pytest.raises(common.UserError) as error:
+        common.load_dataset(path, ENV_ID, "cpu")
+    message = str(error.value)
+    assert message.startswith(f"{path}: not a usable dataset: ") and "\n" not in message
+    return message
+
+
+def one_nan(array):
+    array = array.copy()
+    array[7] = np.nan
+    return array
+
+
+def as_words(array):
+    return (array.astype(str)[:, :1] + "x").repeat(2, axis=1)
+
+
+@pytest.mark.parametrize(
+    "name, change, words",
+    [
+        ("actions", None, "has no actions"),
+        ("qpos", None, "has no qpos"),
+        ("actions", lambda a: a[:-5], "actions has the wrong length"),
+        ("qpos", lambda a: a[:-5], "qpos has the wrong length"),
+        ("terminals", np.zeros_like, "no end of an episode in the last row"),
+        ("terminals", np.ones_like, ""),
+        ("observations", np.ravel, "has the wrong length"),
+        (
+            "observations",
+            lambda a: a[:, 0],
+            "sizes (2,); pointmaze-medium-singletask-v0 has (2, 2)",
+        ),
+        ("observations", lambda a: np.tile(a, (1, 2)), "sizes (4, 2); pointmaze-medium-singleta"),
+        ("observations", one_nan, "observations has NaN"),
+        ("qpos", one_nan, "qpos has NaN"),
+        ("qpos", lambda a: a.astype(complex), "no real numbers"),
+        ("actions", lambda a: a.astype(object), "bject"),
+        ("actions", as_words, "convert"),
+    ],
+)
+def test_an_array_that_is_wrong_is_named(collected, tmp_path, name, change, words):
+    with np.load(collected) as file:
         arrays = dict(file)
-    damage(arrays)
-    np.savez(target, **arrays)
+    old = arrays.pop(name)
+    if change:
+        arrays[name] = change(old)
+    np.savez(tmp_path / "wrong.npz", **arrays)
+    assert words in load_error(tmp_path / "wrong.npz")
 
 
-def test_damaged_files_are_one_line_that_names_file_and_cause(collected, tmp_path):
-    def without(key):
-        return lambda a: a.pop(key)
+@pytest.mark.parametrize("rows, words", [(-1, "no end of an episode in the last row"), (0, "")])
+def test_a_file_without_its_last_row_and_one_without_any(collected, tmp_path, rows, words):
+    with np.load(collected) as file:
+        arrays = {name: array[:rows] if array.ndim else array for name, array in file.items()}
+    np.savez(tmp_path / "cut.npz", **arrays)
+    assert words in load_error(tmp_path / "cut.npz")
 
-    def put(key, value):
-        return lambda a: a.update({key: value(a[key])})
 
-    def one_nan(array):
-        array = array.copy()
-        array[7] = np.nan
-        return array
-
-    short, nan_rows = "no end in the last row", "NaN"
-    cases = {
-        "no_actions": (without("actions"), "has no actions"),
-        "no_qpos": (without("qpos"), "has no qpos"),
-        "short_actions": (put("actions", lambda a: a[:-5]), "actions has the wrong length"),
-        "short_qpos": (put("qpos", lambda a: a[:-5]), "qpos has the wrong length"),
-        "cut": (lambda a: a.update({k: v[:-1] for k, v in a.items() if v.ndim}), short),
-        "no_end": (put("terminals", lambda a: np.zeros_like(a)), short),
-        "all_ends": (put("terminals", lambda a: np.ones_like(a)), ""),
-        "flat": (put("observations", lambda a: a.ravel()), "sizes (2,), the environment"),
-        "empty": (lambda a: a.update({k: v[:0] for k, v in a.items() if v.ndim}), ""),
-        "nan": (put("observations", one_nan), nan_rows),
-        "nan_qpos": (put("qpos", one_nan), nan_rows),
-        "complex": (put("qpos", lambda a: a.astype(complex)), "no real numbers"),
-        "wide": (put("observations", lambda a: np.tile(a, (1, 2))), "(4, 2), the environment"),
-        "object": (put("actions", lambda a: a.astype(object)), "bject"),
-        "words": (put("actions", lambda a: a.astype(str)[:, :1].repeat(2, 1) + "x"), "convert"),
-    }
-    for name, (damage, words) in cases.items():
-        path = tmp_path / f"{name}.npz"
-        damaged(collected, path, damage)
-        with pytest.raises(common.UserError) as e:
-            common.load_dataset(path, ENV_ID, "cpu")
-        assert str(path) in str(e.value) and words in str(e.value), name
-        assert "\n" not in str(e.value), name
-
+def test_files_that_are_damaged_or_something_else(collected, tmp_path):
+    path = tmp_path / "data.npz"
+    assert "No such file" in load_error(path)
     whole = collected.read_bytes()
-    files = {"half": whole[: len(whole) // 2], "nothing": b"", "html": b"<html>not found</html>"}
-    hole = bytearray(whole)
-    hole[2000:2400] = bytes(400)
-    for name, content in {**files, "hole": bytes(hole)}.items():
-        path = tmp_path / f"{name}.npz"
+    for content in (whole[: len(whole) // 2], b"", b"<html>not found</html>"):
         path.write_bytes(content)
-        with pytest.raises(common.UserError, match=re.escape(str(path))) as e:
-            common.load_dataset(path, ENV_ID, "cpu")
-        assert "damaged" in str(e.value) if name == "hole" else "not a zip" in str(e.value)
-    with pytest.raises(common.UserError, match="No such file"):
-        common.load_dataset(tmp_path / "absent.npz", ENV_ID, "cpu")
-    array = tmp_path / "array.npy"
-    np.save(array, np.zeros(3))
-    with pytest.raises(common.UserError, match=re.escape(str(array))):
-        common.load_dataset(array, ENV_ID, "cpu")
+        assert "not a zip" in load_error(path)
+    path.write_bytes(whole[:2000] + bytes(400) + whole[2400:])
+    load_error(path)
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    load_error(tmp_path / "array.npy")
 
 
 def test_objects_are_never_unpickled(collected, tmp_path):
@@ -278,123 +342,212 @@ def test_objects_are_never_unpickled(collected, tmp_path):
         def __reduce__(self):
             return open, (str(tmp_path / "unpickled"), "w")
 
-    path = tmp_path / "bomb.npz"
-    damaged(collected, path, lambda a: a.update(actions=np.array([Bomb()], object)))
-    with pytest.raises(common.UserError):
-        common.load_dataset(path, ENV_ID, "cpu")
-    damaged(collected, path, lambda a: a.update(source=np.array([Bomb()], object)))
-    with pytest.raises(common.UserError):
-        common.load_dataset(path, ENV_ID, "cpu")
+    with np.load(collected) as file:
+        arrays = dict(file)
+    for name in ("actions", "source"):
+        path = tmp_path / f"{name}.npz"
+        np.savez(path, **{**arrays, name: np.array([Bomb()], object)})
+        load_error(path)
     assert not (tmp_path / "unpickled").exists()
+
+
+@pytest.mark.parametrize("owner, name", [(common, "Dataset"), (ogbench, "load_dataset")])
+def test_a_mistake_of_ours_is_not_called_a_damaged_file(collected, monkeypatch, owner, name):
+    monkeypatch.setattr(owner, name, Mock(side_effect=NameError("name 'observation' is unknown")))
+    with pytest.raises(NameError, match="observation"):
+        common.load_dataset(collected, ENV_ID, "cpu")
 
 
 def test_sources_are_tried_in_order(collected, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    calls = []
+    official = tmp_path / ".ogbench/data" / f"{NAME}.npz"
+    given = tmp_path / "mine.npz"
+    with np.load(collected) as file:
+        arrays = {name: array for name, array in file.items() if name != "source"}
+    counts = "3000 transitions, 3 episodes"
 
-    def collect(name, path):
-        calls.append(name)
+    def write_collected(name, path):
+        assert name == NAME
         path.write_bytes(collected.read_bytes())
 
+    collect = Mock(side_effect=write_collected)
     monkeypatch.setattr(common, "collect_pointmaze", collect)
-    kept = tmp_path / ".ogbench/collected" / f"{NAME}.npz"
     for _ in range(2):  # collected once, used twice
-        dataset, source = common.get_dataset(NAME, ENV_ID, None, "", "cpu")
-        assert source.startswith("~/.ogbench/collected/") and "not official" in source
-    assert calls == [NAME] and len(dataset) == 3000
+        dataset, description = common.get_dataset(NAME, ENV_ID)
+        assert len(dataset) == 3000
+        assert description.startswith(f"{counts}, collected by OGBench's protocol")
+    assert collect.call_count == 1
+    assert (tmp_path / ".ogbench/collected" / f"{NAME}.npz").exists()
 
-    official = tmp_path / ".ogbench/data" / f"{NAME}.npz"
-    official.parent.mkdir(parents=True)
-    damaged(collected, official, lambda a: a.pop("source"))
-    assert (
-        common.get_dataset(NAME, ENV_ID, None, "", "cpu")[1]
-        == f"~/.ogbench/data/{NAME}.npz (official file)"
-    )
+    official.parent.mkdir()
+    np.savez(official, **arrays)
+    assert common.get_dataset(NAME, ENV_ID)[1] == f"{counts}, official file"
+    np.savez(given, **arrays)
+    assert common.get_dataset(NAME, ENV_ID, str(given))[1] == f"{counts}, given by --dataset"
+    with pytest.raises(common.UserError, match="absent.npz: .*No such file"):
+        common.get_dataset(NAME, ENV_ID, "absent.npz")
+
     stitch, stitch_env = common.resolve_task("pointmaze-medium-stitch-v0")[1:]
-    get = Mock(side_effect=common.requests.ConnectionError)  # the oracle does not collect these
+    get = Mock(side_effect=common.requests.ConnectionError)  # only navigate data are collected
     monkeypatch.setattr(common.requests, "get", get)
     monkeypatch.setattr(common.time, "sleep", Mock())
     url = "https://rail.eecs.berkeley.edu/datasets/ogbench/pointmaze-medium-stitch-v0.npz"
     with pytest.raises(common.UserError, match=f"{url}: download failed"):
-        common.get_dataset(stitch, stitch_env, None, "", "cpu")
-    for path in (official.with_name("absent.npz"), kept.with_name("absent.npz")):
-        with pytest.raises(common.UserError, match="No such file"):
-            common.get_dataset(NAME, ENV_ID, path, "", "cpu")
-    with pytest.raises(common.UserError, match="--horizon 3001"):
-        common.get_dataset(NAME, ENV_ID, None, "", "cpu", horizon=3001)
-    given = tmp_path / "mine.npz"
-    given.write_bytes(official.read_bytes())
-    assert (
-        common.get_dataset(NAME, ENV_ID, given, "", "cpu")[1] == "~/mine.npz (given by --dataset)"
-    )
+        common.get_dataset(stitch, stitch_env)
+    assert collect.call_count == 1
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    common.write_file(path, b"new")
+    assert path.read_bytes() == b"new"
+    monkeypatch.setattr(common.os, "fsync", Mock(side_effect=OSError(28, "No space left")))
+    with pytest.raises(common.UserError, match=f"{tmp_path}: cannot write there: .*No space left"):
+        common.write_file(path, b"newer")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 # ------------------------------------------------------------------------------------ run folder
 
 
+def log_row(run, step, success=0.5):
+    """One row of train.csv and one of eval.csv."""
+    run.log("train.csv", dict(step=step, critic_loss=1.0, q_mean=-1.0, q_min=-2.0, q_max=0.0))
+    run.log("eval.csv", {"step": step, "success": success, "return": -3.0, "length": 9.0})
+
+
 @pytest.mark.filterwarnings("error")
-def test_run_folder(tmp_path):
-    config = dict(args=dict(lam=1.0), dataset="somewhere")
-    run = common.Run(tmp_path / "runs", "env__method__0", config)
-    assert re.fullmatch(r"env__method__0__\d{8}-\d{6}", run.path.name)
-    config = json.loads((run.path / "config.json").read_text())
-    assert config["args"] == {"lam": 1.0} and config["dataset"] == "somewhere"
-    assert config["versions"]["torch"] == torch.__version__ and "commit" in config
+def test_run_folder(tmp_path, capsys):
+    config = dict(script="x.py", args=dict(lam=1.0), dataset="somewhere")
+    with common.Run(tmp_path / "runs/x", config) as run:
+        assert run.begin() == {}
+        config = json.loads((run.folder / "config.json").read_text())
+        assert config["args"] == {"lam": 1.0} and config["dataset"] == "somewhere"
+        assert config["versions"]["torch"] == torch.__version__ and "commit" in config
 
-    run.log("eval.csv", step=0, **{"success": 0.0, "return": -9.0})
-    run.plot()  # there is nothing of a training yet
-    for step in (1, 2):
-        row = dict(critic_loss=1.0, q_mean=-1.0, q_min=-2.0, q_max=0.0)
-        run.log("train.csv", step=step, **row)
-        run.log("eval.csv", step=step, **{"success": 0.5, "return": -3.0})
-    run.plot()
-    run.log("eval.csv", step=3, **{"success": float("nan"), "return": -2.0})
-    run.plot()
-    text = (run.path / "train.csv").read_text().splitlines()
-    assert text == [
-        "step,critic_loss,q_mean,q_min,q_max",
-        "1,1.0,-1.0,-2.0,0.0",
-        "2,1.0,-1.0,-2.0,0.0",
-    ]
-    assert (run.path / "curve.png").read_bytes().startswith(b"\x89PNG")
+        run.start(0, 3, "updates")
+        run.log("eval.csv", {"step": 0, "success": 0.0, "return": -9.0, "length": 9.0})
+        run.plot()  # no training yet
+        log_row(run, 1)
+        log_row(run, 2)
+        run.plot()
+        log_row(run, 3, success=float("nan"))
+        run.plot()
+        assert (run.folder / "train.csv").read_text().splitlines() == [
+            "step,critic_loss,q_mean,q_min,q_max",
+            "1,1.0,-1.0,-2.0,0.0",
+            "2,1.0,-1.0,-2.0,0.0",
+            "3,1.0,-1.0,-2.0,0.0",
+        ]
+        assert (run.folder / "curve.png").read_bytes().startswith(b"\x89PNG")
 
-    nets = torch.nn.Linear(2, 3)
-    run.save(dict(nets=nets, generator=torch.Generator()), step=2, sizes=(2, 3))
-    state = torch.load(run.path / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 2 and torch.equal(state["nets"]["weight"], nets.weight)
-    names = {p.name for p in run.path.iterdir()}
+        nets = torch.nn.Linear(2, 3)
+        run.save(step=2, nets=nets.state_dict(), generator=torch.Generator().get_state())
+        state = torch.load(run.folder / "checkpoint.pt", weights_only=True)
+        assert state["step"] == 2 and torch.equal(state["nets"]["weight"], nets.weight)
+        run.finish()
+    printed = capsys.readouterr().out
+    assert printed == "mean of the last 3 evaluations: return -3, length 9\n"
+    names = {path.name for path in run.folder.iterdir()}
     files = {"config.json", "train.csv", "eval.csv", "curve.png", "checkpoint.pt"}
-    assert names == files | {".lock"}
+    assert names - {".lock"} == files
+
+
+def test_a_resumed_run_has_the_rows_of_its_checkpoint(tmp_path):
+    config = dict(script="x.py", device="cpu", dataset="5 transitions")
+    nets = torch.nn.Linear(2, 3).state_dict()
+    with common.Run(tmp_path / "run", config) as run:
+        run.begin()
+        log_row(run, 1)
+        run.save(step=1, nets=nets)
+        as_saved = (run.folder / "train.csv").read_bytes(), (run.folder / "eval.csv").read_bytes()
+        log_row(run, 2)  # after the checkpoint: will come again
+    with common.Run(tmp_path / "run", config, resume=True) as run:
+        state = run.begin()
+        assert state["step"] == 1 and torch.equal(state["nets"]["weight"], nets["weight"])
+        files = (run.folder / "train.csv").read_bytes(), (run.folder / "eval.csv").read_bytes()
+        assert files == as_saved
+        log_row(run, 2)
+        assert [row["step"] for row in run.rows["eval.csv"]] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["device", "dataset"])
+def test_a_run_cannot_be_resumed_with_another(tmp_path, name):
+    config = dict(script="x.py", device="cpu", dataset="5 transitions")
+    with common.Run(tmp_path / "run", config) as run:
+        run.begin()
+        run.save(step=1, nets={})
+    written = (tmp_path / "run/config.json").read_bytes()
+    with common.Run(tmp_path / "run", {**config, name: "other"}, resume=True) as run:
+        with pytest.raises(common.UserError, match=f"{name} was {config[name]}, is other"):
+            run.begin()
+    assert (tmp_path / "run/config.json").read_bytes() == written
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tmp_path):
+    config = dict(script="x.py", device="cpu")
+    with common.Run(tmp_path / "run", config) as run:
+        run.begin()
+        log_row(run, 1)
+    assert common.read_checkpoint(run.folder, "x.py") == dict(config=run.config)
+    with common.Run(tmp_path / "run", config, resume=True) as run:
+        assert run.begin() == {}
+        assert not (run.folder / "train.csv").exists()
+
+
+def test_a_mistake_of_ours_is_not_called_a_damaged_run(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint.pt").touch()
+    monkeypatch.setattr(torch, "load", Mock(side_effect=NameError("name 'stat' is unknown")))
+    with pytest.raises(NameError, match="stat"):
+        common.read_checkpoint(tmp_path, "x.py")
+
+
+def test_one_process_writes_to_a_run_folder_at_a_time(tmp_path):
+    with common.Run(tmp_path / "run", dict(script="x.py")):
+        with pytest.raises(common.UserError, match="another process writes there"):
+            common.Run(tmp_path / "run", dict(script="x.py"), resume=True)
+    common.Run(tmp_path / "run", dict(script="x.py"), resume=True).lock.release()
 
 
 def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
-    run = common.Run(tmp_path, "x", {})
-    parts = dict(nets=torch.nn.Linear(2, 3))
-    run.save(parts, step=1)
-    with pytest.raises(common.UserError, match="step 7: critic_loss is nan"):
-        run.log("train.csv", step=7, q_mean=0.0, critic_loss=float("nan"), policy_loss=1.0)
+    run = common.Run(tmp_path / "run", dict(script="x.py"))
+    run.save(step=1, nets=torch.nn.Linear(2, 3).state_dict())
+    with pytest.raises(common.UserError, match="step 7: critic_loss is nan.* --lr"):
+        run.log("train.csv", dict(step=7, q_mean=0.0, critic_loss=float("nan"), policy_loss=1.0))
     with pytest.raises(common.UserError, match="step 8: policy_loss is -inf"):
-        run.log("train.csv", step=8, q_mean=0.0, critic_loss=0.0, policy_loss=float("-inf"))
-    run.log("eval.csv", step=8, success=float("nan"), train_return=float("nan"))  # not known
-    parts["nets"].bias.data[1] = float("nan")
+        row = dict(step=8, q_mean=0.0, critic_loss=0.0, policy_loss=float("-inf"))
+        run.log("train.csv", row)
+    run.log("eval.csv", dict(step=8, success=float("nan"), train_return=float("nan")))  # unknown
+    nets = torch.nn.Linear(2, 3)
+    nets.bias.data[1] = float("nan")
     with pytest.raises(common.UserError, match="step 9: bias is not finite"):
-        run.save(parts, step=9)
-    assert torch.load(run.path / "checkpoint.pt", weights_only=True)["step"] == 1
+        run.save(step=9, nets=nets.state_dict())
+    assert torch.load(run.folder / "checkpoint.pt", weights_only=True)["step"] == 1
 
 
 def test_warning_when_q_leaves_its_range_comes_once(tmp_path, capsys):
-    run = common.Run(tmp_path, "x", {})
-    check = lambda step, low, high, rewards=(-1.0, 0.0): run.check_q(
-        dict(step=step, q_min=low, q_max=high), torch.tensor(rewards), 0.99
-    )
+    run = common.Run(tmp_path / "run", dict(script="x.py"))
+
+    def check(step, q_min, q_max, rewards=(-1.0, 0.0)):
+        run.check_q(dict(step=step, q_min=q_min, q_max=q_max), torch.tensor(rewards), 0.99)
+
     check(10, -109, 9)
     check(10, -109, 9, (-1.0, -0.5))  # a solved task is worth 0
     check(10, -9, 109, (0.5, 1.0))
     assert capsys.readouterr().err == ""
     check(20, -50, 11)
     check(30, -50, 12)
-    err = capsys.readouterr().err
-    assert err.count("warning") == 1 and "update 20" in err and "[-100, 0]" in err
+    printed = capsys.readouterr().err
+    assert printed.count("warning") == 1
+    assert "update 20" in printed and "[-100, 0]" in printed
+
+
+def test_tracking_without_the_package_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    with pytest.raises(common.UserError, match="--track: needs .*: pip install wandb$"):
+        common.Run(tmp_path / "run", dict(script="x.py"), track=True)
 
 
 # --------------------------------------------------------------------------------- environments
@@ -406,11 +559,12 @@ def test_episodes_follow_from_the_seed_alone(maze):
     actions = np.random.default_rng(0).uniform(-0.3, 0.3, (600, 2, 2))
     actions[..., 1] -= 0.7  # towards a teleport
 
-    def observe(disturb):
-        np.random.seed(disturb)  # what the workers inherit
-        envs = common.make_envs(lambda: gymnasium.make(env_id, max_episode_steps=250), 2)
+    def observe(inherited_seed):
+        np.random.seed(inherited_seed)  # what the workers inherit
+        envs = qflow.make_envs(lambda: gymnasium.make(env_id, max_episode_steps=250), 2)
         observations = [envs.reset(seed=[5, 6])[0].copy()]
-        observations += [envs.step(a)[0].copy() for a in actions]
+        for action in actions:
+            observations.append(envs.step(action)[0].copy())
         envs.close()
         return np.array(observations)
 
@@ -422,27 +576,46 @@ def test_episodes_follow_from_the_seed_alone(maze):
         assert np.abs(np.diff(first, axis=0)).max(2)[:249].max() > 3  # somebody was teleported
 
 
-# ---------------------------------------------------------------------------------------- torch
+# --------------------------------------------------------------------------------------- device
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert qflow.choose_device("auto") == qflow.choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(common.UserError, match="--device cuda: must be auto or one of cpu$"):
+        qflow.choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert qflow.choose_device("auto") == torch.device("cuda")
+    for name in ("cpu", "cuda", "cuda:1"):
+        assert qflow.choose_device(name) == torch.device(name)
+    with pytest.raises(common.UserError, match="must be auto or one of cpu, cuda, cuda:0, cuda:1$"):
+        qflow.choose_device("cuda:2")
 
 
 def test_auto_takes_fast_products_only_where_they_are_float32(monkeypatch):
-    plain = torch.Tensor.__matmul__
+    cpu = torch.device("cpu")
+    matmul = torch.Tensor.__matmul__
     try:
-        common.pick_device("cpu", "auto")
-        x, y = torch.randn(2, 256, 512), torch.randn(2, 512, 256)
+        qflow.set_matmul_precision("auto", cpu)
+        x = torch.randn(2, 256, 512)
+        y = torch.randn(2, 512, 256)
         for a, b in ((x, y), (x[0], y[0]), (y.transpose(1, 2), x.transpose(1, 2))):
             exact = a.double() @ b.double()
             assert (a @ b - exact).norm() < 1e-6 * exact.norm()
 
-        def coarse(a, b):  # as where "medium" is bfloat16
-            narrow = a.dtype is torch.float32 and torch.get_float32_matmul_precision() == "medium"
-            return plain(a.bfloat16(), b.bfloat16()).float() if narrow else plain(a, b)
+        def coarse_matmul(a, b):  # as where "medium" is bfloat16
+            is_medium = torch.get_float32_matmul_precision() == "medium"
+            if is_medium and a.dtype is torch.float32:
+                return matmul(a.bfloat16(), b.bfloat16()).float()
+            return matmul(a, b)
 
-        monkeypatch.setattr(torch.Tensor, "__matmul__", coarse)
-        common.pick_device("cpu", "auto")
+        monkeypatch.setattr(torch.Tensor, "__matmul__", coarse_matmul)
+        qflow.set_matmul_precision("auto", cpu)
         assert torch.get_float32_matmul_precision() == "highest"
+        qflow.set_matmul_precision("auto", torch.device("cuda"))
+        assert torch.get_float32_matmul_precision() == "high"
         for name in ("medium", "high", "highest"):
-            common.pick_device("cpu", name)
+            qflow.set_matmul_precision(name, cpu)
             assert torch.get_float32_matmul_precision() == name
     finally:
         torch.set_float32_matmul_precision("highest")
