@@ -886,15 +886,15 @@ def parse_args():
 
 
 def choose_device(name):
-    """The torch.device of --device. Raises UserError."""
+    """--device as a torch.device, with an index if it is a GPU. Raises UserError."""
     num_gpus = torch.cuda.device_count()
     if name == "auto":
-        return torch.device("cuda" if num_gpus else "cpu")
-    names = ["cpu"]
-    if num_gpus:
-        names += ["cuda"] + [f"cuda:{i}" for i in range(num_gpus)]
-    if name not in names:
-        raise common.UserError(f"--device {name}: must be auto or one of {', '.join(names)}")
+        name = "cuda" if num_gpus else "cpu"
+    if name == "cuda" and num_gpus:
+        name = "cuda:0"
+    if name != "cpu" and name not in [f"cuda:{i}" for i in range(num_gpus)]:
+        found = f"{num_gpus} CUDA devices found"
+        raise common.UserError(f"--device {name}: must be auto, cpu, cuda or cuda:N; {found}")
     return torch.device(name)
 
 
@@ -997,6 +997,8 @@ def main():
         closing(make_envs(make_this_env, num_eval_envs)) as eval_envs,
         closing(make_envs(make_this_env, args.num_envs)) as envs,
     ):
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
         set_matmul_precision(args.matmul_precision, device)
         if args.evaluate:
             return evaluate_run(args, make_this_env, eval_envs, device)

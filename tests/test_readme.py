@@ -1,4 +1,4 @@
-"""What the README says is so: names, settings, commands; its snippet runs as it stands."""
+"""What the README says is so: functions, commands, files; its snippet runs as it stands."""
 
 import importlib
 import os
@@ -15,13 +15,12 @@ import fql
 import qflow
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
-OFFLINE = {"Q-Flow": qflow, "FQL": fql}
-METHODS = {**OFFLINE, "SAC Flow": flow_sac}
+README = (ROOT / "README.md").read_text()
+METHODS = {"Q-Flow": qflow, "FQL": fql, "SAC Flow": flow_sac}
 
 
 def section(title):
-    return re.split(r"^## ", TEXT.split(f"\n## {title}\n")[1], flags=re.M)[0]
+    return re.split(r"^## ", README.split(f"\n## {title}\n")[1], flags=re.M)[0]
 
 
 @pytest.mark.parametrize("title", METHODS)
@@ -33,39 +32,50 @@ def test_the_named_functions_exist(title):
         assert callable(getattr(METHODS[title], name)), name
 
 
-@pytest.mark.parametrize("title", OFFLINE)
-def test_the_settings_table_is_the_scripts(title):
-    module = METHODS[title]
-    rows = re.findall(r"^\| (\w+-[\w-]+) \| (.*) \|$", section(title), re.M)
-    table = {env: values.split(" | ") for env, values in rows}
-    assert set(table) == {env for env in module.SETTINGS if env != "pointmaze"}
-    for env, values in table.items():
-        assert values == [str(v) for v in module.SETTINGS[env].values()]
-
-
 def test_the_commands_parse(monkeypatch):
-    commands = re.findall(r"^python (\w+)\.py(.*?)(?:#.*)?$", TEXT, re.M)
-    assert len(commands) >= 5
+    commands = re.findall(r"^(?:\w+=\w+ )?python (\w+)\.py(.*?)(?:#.*)?$", README, re.M)
+    assert len(commands) >= 8
+    monkeypatch.chdir(ROOT)
     for script, flags in commands:
-        if "--help" not in flags and "runs/RUN" not in flags:
-            module = importlib.import_module(script)
-            monkeypatch.setattr(sys, "argv", [script, *flags.split()])
-            args = common.parse_args(module.Args, "", module.SETTINGS)
-            if module in OFFLINE.values():
-                common.resolve_task(args.env, args.task)
-            else:
-                module.continuous_env(args.env)
+        if "--help" in flags or "runs/RUN" in flags:
+            continue
+        module = importlib.import_module(script)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
+        args = module.parse_args()
+        if module is flow_sac:
+            module.make_env(args.env).close()
+        else:
+            common.resolve_task(args.env, args.task)
 
 
-SNIPPETS = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
+@pytest.mark.parametrize("page", ["README.md", "results/README.md"])
+def test_linked_files_exist(page):
+    folder = (ROOT / page).parent
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text())
+    paths = [link for link in links if not link.startswith("https://")]
+    assert len(paths) >= 3
+    for path in paths:
+        assert (folder / path).exists(), path
 
 
-def run_snippet(snippet, folder):
-    (folder / "mine.py").write_text(snippet)
+@pytest.mark.parametrize("method", ["qflow", "fql"])
+def test_a_trained_policy_is_here_and_reaches_the_goal(method):
+    folder = ROOT / f"results/policies/{method}-pointmaze-medium"
+    assert (folder / "checkpoint.pt").stat().st_size < 2e6
+    output = run([ROOT / f"{method}.py", "--evaluate", folder, "--eval-episodes", "20"], ROOT)
+    assert float(re.match(r"success (\S+) ", output)[1]) >= 0.8
+
+
+def test_the_snippet_that_loads_a_policy_runs_as_it_stands():
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
+    assert re.fullmatch(r"success: [01]\.0\n", run(["-c", snippet], ROOT))
+
+
+def run(words, folder):
     result = subprocess.run(
-        [sys.executable, "mine.py"],
+        [sys.executable, *words],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=100,
@@ -74,18 +84,7 @@ def run_snippet(snippet, folder):
     return result.stdout
 
 
-def test_the_snippet_that_trains_runs_as_it_stands(tmp_path):
-    out = run_snippet(SNIPPETS[1] + "\nprint('action', action.shape, abs(action) <= 1)\n", tmp_path)
-    assert re.search(r"^action \[-?[01]?\.\d*\]$", out, re.M)
+def test_training_on_arrays_of_ones_own(tmp_path):
+    output = run([ROOT / "results/own_data.py"], tmp_path)
+    assert re.search(r"^action \[.*\]$", output, re.M)
     assert list(tmp_path.glob("runs/Pendulum-v1__qflow__0__*/curve.png"))
-
-
-def test_the_snippet_that_loads_a_run_runs_as_it_stands(tmp_path):
-    assert len(SNIPPETS) == 2
-    args = qflow.Args(horizon=5, hidden=(8, 8), flow_steps=2)
-    run = common.Run(tmp_path, "run", dict(args=vars(args)))
-    nets = qflow.Networks(2, 10, args)
-    run.save(dict(nets=nets), step=1, sizes=nets.sizes)
-    (tmp_path / "runs").mkdir()
-    run.path.rename(tmp_path / "runs/RUN")
-    assert re.fullmatch(r"success: [01]\.0\n", run_snippet(SNIPPETS[0], tmp_path))
