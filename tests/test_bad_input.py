@@ -1,10 +1,11 @@
-"""What a user gets wrong ends in one line that names it, and exit code 2; never in a traceback."""
+"""A user's mistake is named in a short message, with exit code 2; it never ends in a traceback."""
 
 import io
 import json
 import os
 import pickle
-import re
+import resource
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -24,265 +26,471 @@ import qflow
 
 SCRIPTS = dict(qflow=qflow, fql=fql, flow_sac=flow_sac)
 NAME = "pointmaze-medium-navigate-v0"
-LONG = "ü½" * 90  # longer than a line, and than a file's name may be; int() shows up to 200
+LONG = "ü½" * 90  # longer than a line, and than a file's name may be
+BOX = str.maketrans("", "", "│─╭╮╰╯")  # tyro draws a box around its messages
 
 
 class Accepted(Exception):
-    """All checks are passed; what would follow takes long."""
+    """The command line is without mistakes; what would follow takes long."""
 
 
 class Bomb:
-    __reduce__ = lambda self: (open, ("exploded", "w"))  # makes a file if anybody unpickles it
+    """Makes a file named exploded when somebody unpickles it."""
+
+    def __reduce__(self):
+        return open, ("exploded", "w")
+
+
+def one_environment(make_env, num_envs):
+    """make_envs without processes: the environment must exist, but nothing is played."""
+    make_env().close()
+    return Mock()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, tmp_path):
+    """An empty home and no waiting; where a new dataset is needed, the test has seen enough."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "collect_pointmaze", Mock(side_effect=Accepted))
+    monkeypatch.setattr(common, "time", Mock())
+    for script in SCRIPTS.values():
+        monkeypatch.setattr(script, "make_envs", one_environment)
 
 
 @pytest.fixture
-def check(monkeypatch, capsys, tmp_path):
-    """check(script, *words, says=[...]): what the one line must say; None: there is no mistake."""
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # which is empty
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "collect_pointmaze", Mock(side_effect=Accepted))
-    for name in "make_envs report time.sleep signal.signal".split():
-        monkeypatch.setattr(f"common.{name}", Mock())
+def start(monkeypatch):
+    """start("qflow", "--lr", 1): the main function of a script with this command line."""
 
-    def run(script, *words, says=()):
+    def run(script, *words):
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
-        if says is None:
-            return common.cli(SCRIPTS[script].main)
-        capsys.readouterr()
-        with pytest.raises(SystemExit, match="^2$"):
-            common.cli(SCRIPTS[script].main)
-        text = capsys.readouterr().err
-        assert re.fullmatch(rf"{script}.py: error: [^ (].*\n", text), (words, text)
-        for each in says:  # without spaces: the parser breaks what is longer than a line
-            assert "".join(str(each).split()) in "".join(text.split()), (words, text)
+        SCRIPTS[script].main()
 
     return run
 
 
+@pytest.fixture
+def refused(start, capsys):
+    """refused("qflow", "--lr", "x", says=["--lr"]): the message, which contains these words."""
+
+    def run(script, *words, says=()):
+        capsys.readouterr()
+        with pytest.raises((common.UserError, SystemExit)) as error:
+            start(script, *words)
+        if error.type is SystemExit:  # tyro has printed a box
+            assert error.value.code == 2
+            message = capsys.readouterr().err
+        else:
+            message = str(error.value)
+            assert "\n" not in message
+        assert message and "Traceback" not in message
+        for word in says:
+            assert without_spaces(word) in without_spaces(message), (words, message)
+        return message
+
+    return run
+
+
+def without_spaces(text):
+    """The text without box and spaces: tyro breaks words that are longer than a line."""
+    return "".join(str(text).translate(BOX).split())
+
+
+# --------------------------------------------------------------------------------- single flags
+
 NUMBER = ["x", "", "nan", "inf", "1e+30", LONG]
 COUNT = [*NUMBER, 0, -1, 1.5, 10**30], [1, 10**6]
 RATE = [*NUMBER, 0, -1, 1e-30], [1e-6, 100]
+FRACTION = [*NUMBER, 0, -1, 1.0001], [1e-6, 1]
+SWITCH = ["yes", "0"]
 CHOICE = ["", "x", "None", LONG]
-PLACE = ["nowhere", "/", "/dev/null", "a\nb", LONG]
-ENV = ["", "x", "a\nb", LONG, "HalfCheeta-v5", "antmaze-gaint-navigate-v0"]
-ROWS = {  # flag -> mistakes, and values that are none
-    **dict.fromkeys("offline_steps batch_size hidden flow_steps horizon num_envs".split(), COUNT),
-    **dict.fromkeys("eval_interval eval_episodes log_interval buffer_size".split(), COUNT),
-    "policy_frequency": COUNT,
-    **dict.fromkeys("lr policy_lr q_lr lam alpha init_temperature".split(), RATE),
-    **dict.fromkeys("discount tau".split(), ([*RATE[0], 1.0001], [1e-6, 1])),
-    **dict.fromkeys("video compile normalize_q_loss".split(), (["yes", "0"], [])),
-    **dict.fromkeys("resume evaluate dataset".split(), (PLACE, [])),
-    "env": ([*ENV, "cube-double-play-singletask-task6-v0"], [NAME, "scene-play-v0"]),
+PLACE = ["nowhere", "/", "/dev/null", LONG]
+ENV = ["", "x", LONG, "HalfCheeta-v5", "antmaze-gaint-navigate-v0"]
+URL = ["x", "ftp://x/y", "http://", "http://[", LONG]
+VALUES = {  # flag -> (values that are mistakes, values that are none)
+    "env": ([*ENV, "cube-double-play-singletask-task6-v0"], [NAME, "pointmaze-large-stitch-v0"]),
     "flow_sac env": ([*ENV, "CartPole-v1", "Taxi-v3"], ["Pendulum-v1"]),
-    "seed": ([*NUMBER, -1, 1.5, 2**31], [0, 2**31 - 1]),
     "task": ([*NUMBER, -1, 1.5, 6, 100], [0, 5]),
-    "device": (["", "gpu", "cuda:99", "-1", "a\nb", LONG], ["auto", "cpu"]),
-    "dataset_url": (["x", "ftp://x/y", "http://", "http://[", "a\nb", LONG], []),
-    "q_agg": (CHOICE, ["mean", "min"]),
-    "time_dim": ([*COUNT[0], 7], [2, 64]),
-    **dict.fromkeys("policy critic".split(), (CHOICE, [])),
-    "policy_width": ([*NUMBER, -1, 1.5, 10**30], [0, 1]),
-    "target_entropy": (NUMBER, [0, -3.5]),
+    "dataset": (PLACE, []),
+    "dataset_url": (URL, []),
+    "seed": ([*NUMBER, -1, 1.5, 2**31], [0, 2**31 - 1]),
+    "device": (["", "gpu", "cuda:99", "-1", LONG], ["auto", "cpu"]),
+    "offline_steps": COUNT,
     "online_steps": ([*COUNT[0], 1000], [1001, 10**6]),
-    "learning_starts": ([*COUNT[0], 15000], [1, 14999]),
+    "num_envs": COUNT,
+    "learning_starts": ([*COUNT[0], 15_000], [1, 14_999]),
+    "buffer_size": COUNT,
+    "batch_size": COUNT,
+    "lr": RATE,
+    "policy_lr": RATE,
+    "q_lr": RATE,
+    "policy": (CHOICE, ["flow-t", "flow-g", "naive"]),
+    "policy_width": ([*NUMBER, -1, 1.5, 10**30], [0, 1]),
+    "policy_frequency": COUNT,
+    "critic": (CHOICE, ["crossq", "sac"]),
+    "discount": FRACTION,
+    "tau": FRACTION,
+    "hidden": ([*NUMBER, 0, -1, 1.5, 10**30], [1, 10_000]),
+    "flow_steps": ([*COUNT[0], 1001], [1, 1000]),
+    "q_agg": (CHOICE, ["mean", "min"]),
+    "horizon": ([*COUNT[0], 1001], [1, 1000]),
+    "lam": RATE,
+    "alpha": RATE,
+    "normalize_q_loss": (SWITCH, []),
+    "time_dim": ([*COUNT[0], 7, 1002], [2, 64]),
+    "init_temperature": RATE,
+    "target_entropy": (NUMBER, [0, -3.5]),
+    "eval_interval": COUNT,
+    "eval_episodes": COUNT,
+    "log_interval": COUNT,
     "run_dir": ([], ["", "x"]),
+    "resume": (PLACE, []),
+    "evaluate": (PLACE, []),
+    "video": (SWITCH, []),
+    "track": (SWITCH, []),
+    "compile": (SWITCH, []),
     "matmul_precision": (CHOICE, ["auto", "highest", "high", "medium"]),
 }
 FLAGS = [(script, name) for script in SCRIPTS for name in vars(SCRIPTS[script].Args())]
 
 
 @pytest.mark.parametrize("script, name", FLAGS)
-def test_every_flag(script, name, check, monkeypatch):
-    wrong, right = ROWS.get(f"{script} {name}") or ROWS[name]
+def test_every_flag(script, name, start, refused, monkeypatch):
+    wrong, right = VALUES.get(f"{script} {name}") or VALUES[name]
     flag = "--" + name.replace("_", "-")
     for value in wrong:
-        check(script, flag, value, says=[value, flag if "nan" in wrong else ""])
+        message = refused(script, flag, value, says=[value])
+        assert flag in message or wrong in (PLACE, URL, SWITCH)
     monkeypatch.setattr(common, "download", Mock(side_effect=Accepted))
     monkeypatch.setattr(common, "Run", Mock(side_effect=Accepted))
     for value in right:
         with pytest.raises(Accepted):
-            check(script, flag, value, says=None)
+            start(script, flag, value)
 
 
-def test_command_lines(check, monkeypatch):
-    check("qflow", "--lr", "--seed", 3, says=["--lr"])
-    check("qflow", "--lr", 1, "--lr", "nan", says=["--lr nan"])
-    check("qflow", "--hidden", says=["--hidden"])
-    check("qflow", "--hidden", 8, 0, says=["--hidden 8 0: must be from 1 to"])
-    check("qflow", "--hiden", 8, says=["--hiden, 8 Perhaps you meant: --hidden"])
-    check("qflow", "--video", says=["--video", "--evaluate"])
-    check("fql", "--lam", 1, says=["--lam"])
-    check("qflow", "--env", "scene-play-singletask-task2-v0", "--task", 3, says=["--task 3"])
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    check("fql", "--device", "cpu", "--compile", says=["--compile: no compiler found"])
+def test_command_lines(refused, monkeypatch):
+    refused("qflow", "--lr", "--seed", 3, says=["--lr"])
+    refused("qflow", "--lr", 1, "--lr", "nan", says=["--lr nan"])
+    refused("qflow", "--hidden", says=["--hidden"])
+    refused("qflow", "--hidden", 8, 0, says=["--hidden (8, 0): must be between 1 and 10000"])
+    refused("qflow", "--hiden", 8, says=["--hiden, 8", "Perhaps you meant: --hidden"])
+    refused("qflow", "--video", says=["--video: needs --evaluate"])
+    refused("qflow", "extra", says=["extra"])
+    refused("fql", "--lam", 1, says=["--lam"])
+    refused("qflow", "--env", "scene-play-singletask-task2-v0", "--task", 3, says=["--task 3"])
     monkeypatch.setattr(sys, "argv", "qflow.py --lr nan --lr 2 --hidden 9 9 --hidden 8".split())
-    args = common.parse_args(qflow.Args, "", qflow.SETTINGS)
+    args = qflow.parse_args()
     assert args.lr == 2 and args.hidden == (8,)  # the last of a repeated flag counts
 
 
+@pytest.mark.parametrize("script", ["qflow", "fql"])
+def test_compiling_without_a_compiler(script, start, refused, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    refused(script, "--device", "cpu", "--compile", says=["--compile: no C++ compiler found"])
+    monkeypatch.setenv("CXX", "my-compiler")
+    with pytest.raises(Accepted):
+        start(script, "--device", "cpu", "--compile")
+
+
+# --------------------------------------------------------------------------------------- files
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a small run that has ended; its dataset is ../../data."""
-    base = tmp_path_factory.mktemp("finished")
-    common.collect_pointmaze(NAME, base / "data", episodes=2, workers=1)
+def dataset_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "data.npz"
+    common.collect_pointmaze(NAME, path, num_episodes=2, workers=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(dataset_file, tmp_path_factory):
+    """The folder of a small run that has ended."""
+    runs = tmp_path_factory.mktemp("finished")
     flags = "--offline-steps 4 --eval-interval 2 --log-interval 1 --eval-episodes 2 --hidden 8 8"
-    words = qflow.__file__, *flags.split(), "--dataset", base / "data", "--run-dir", base / "runs"
-    options = dict(cwd=base, env={**os.environ, "HOME": str(base / "home")}, timeout=100)
-    subprocess.run([sys.executable, *words], check=True, capture_output=True, **options)
-    return next((base / "runs").iterdir())
+    with pytest.MonkeyPatch.context() as patch:
+        words = [*flags.split(), "--dataset", str(dataset_file), "--run-dir", str(runs)]
+        patch.setattr(sys, "argv", ["qflow.py", *words])
+        qflow.main()
+    (folder,) = runs.iterdir()
+    return folder
 
 
-def saved(save, *args, **arrays):
-    """What np.savez or a relative writes, as bytes."""
-    save(file := io.BytesIO(), *args, **arrays)
+def as_bytes(save, *args, **arrays):
+    """What np.savez or a similar function writes."""
+    file = io.BytesIO()
+    save(file, *args, **arrays)
     return file.getvalue()
 
 
-def test_files_that_are_no_datasets(finished, check):
-    data = finished.parents[1] / "data"
-    arrays, bomb = dict(np.load(data)), np.array([Bomb()], object)
-    files = dict(empty=b"", text=b"<html>", bomb=pickle.dumps(Bomb()), objects=saved(np.save, bomb))
-    files.update(half=data.read_bytes()[:9000], array=saved(np.save, arrays["actions"]))
-    for name in "observations", "source", "qvel":
-        files[name] = saved(np.savez, **{**arrays, name: bomb})
-    for name, content in files.items():
+def test_files_that_are_no_datasets(dataset_file, refused):
+    with np.load(dataset_file) as file:
+        arrays = dict(file)
+    bomb = np.array([Bomb()], object)
+    contents = dict(
+        empty=b"",
+        text=b"<html>",
+        pickle=pickle.dumps(Bomb()),
+        objects=as_bytes(np.save, bomb),
+        half=dataset_file.read_bytes()[:9000],
+        array=as_bytes(np.save, arrays["actions"]),
+    )
+    for name in ("observations", "source", "qvel"):
+        contents[name] = as_bytes(np.savez, **{**arrays, name: bomb})
+    for name, content in contents.items():
         Path(name).write_bytes(content)
     with zipfile.ZipFile("pickles", "w") as file:  # pickles without the header of NumPy's files
         for name in arrays:
             file.writestr(f"{name}.npy", pickle.dumps(Bomb()))
     Path("loop").symlink_to("loop")  # even root cannot read it
-    for name in [*files, "pickles", "loop"]:
-        check("qflow", "--dataset", name, "--offline-steps", 1, says=[f"{name}: "])
-    check("qflow", "--dataset", data, "--horizon", 2001, says=["--horizon 2001"])
+    for name in [*contents, "pickles", "loop"]:
+        refused("qflow", "--dataset", name, says=[f"{name}: not a usable dataset: "])
     assert not Path("exploded").exists()
+
+
+def test_a_chunk_longer_than_the_dataset(dataset_file, refused, tmp_path):
+    with np.load(dataset_file) as file:
+        arrays = {name: array[:61] if array.ndim else array for name, array in file.items()}
+    arrays["terminals"][-1] = 1
+    np.savez("small.npz", **arrays)
+    refused("qflow", "--dataset", "small.npz", "--horizon", 61, says=["--horizon 61: longer"])
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_damage_is_found_or_does_not_matter(save, finished, tmp_path, monkeypatch):
-    arrays = {k: v[:61] if v.ndim else v for k, v in np.load(finished.parents[1] / "data").items()}
+def test_damage_is_found_or_does_not_matter(save, dataset_file, tmp_path, monkeypatch):
+    with np.load(dataset_file) as file:
+        arrays = {name: array[:61] if array.ndim else array for name, array in file.items()}
     arrays["terminals"][-1] = 1
-    data, rng, found = saved(save, **arrays), np.random.default_rng(0), 0
-    path, env_id = tmp_path / "small.npz", common.resolve_task(NAME)[2]
+    data = as_bytes(save, **arrays)
+    path = tmp_path / "small.npz"
+    path.write_bytes(data)
+    env_id = common.resolve_task(NAME)[2]
+    rng = np.random.default_rng(0)
+    num_found = 0
     with common.gymnasium.make(env_id) as env:
         monkeypatch.setattr(common.gymnasium, "make", lambda _: nullcontext(env))
-        path.write_bytes(data)
         whole = vars(common.load_dataset(path, env_id, "cpu")[0])
-        for _ in range(500):
+        for _ in range(300):
             a, b, c, d = np.sort(rng.integers(0, len(data), 4))
-            noise, swap = bytearray(data), [data[c:d], data[b:c], data[a:b]]
+            noisy = bytearray(data)
             for i in rng.integers(0, len(data), rng.integers(1, 9)):
-                noise[i] = rng.integers(256)
-            cases = [noise, data[:a] + data[b:], data[:b] + data[a:], data[:a]]
-            cases += [data[:a] + b"".join(swap) + data[d:]]
-            path.write_bytes(cases[rng.integers(5)])
+                noisy[i] = rng.integers(256)
+            cases = [
+                noisy,
+                data[:a],
+                data[:a] + data[b:],  # something is missing
+                data[:b] + data[a:],  # something is repeated
+                data[:a] + data[c:d] + data[b:c] + data[a:b] + data[d:],  # in another order
+            ]
+            path.write_bytes(cases[rng.integers(len(cases))])
             try:
                 dataset = vars(common.load_dataset(path, env_id, "cpu")[0])
-                assert all(np.array_equal(dataset[k], whole[k]) for k in whole)
-            except common.UserError as e:
-                found += 1
-                assert str(path) in str(e) and "\n" not in str(e)
-    assert found > 400  # else the damage would be none
+                assert all(np.array_equal(dataset[name], whole[name]) for name in whole)
+            except common.UserError as error:
+                num_found += 1
+                assert str(path) in str(error) and "\n" not in str(error)
+    assert num_found > 240  # else the damage would be none
 
 
-def test_runs_that_are_damaged(finished, check):
+@pytest.mark.parametrize("mode", ["--resume", "--evaluate"])
+def test_checkpoints_that_are_damaged_or_something_else(mode, finished, refused):
     path = Path(shutil.copytree(finished, "a_run")) / "checkpoint.pt"
-    data, state = path.read_bytes(), torch.load(path)
-    contents = [data[: int(len(data) * x)] for x in (0, 0.001, 0.1, 0.5, 0.9, 0.99)]
+    data = path.read_bytes()
+    state = torch.load(path)
+    contents = [data[: int(len(data) * share)] for share in (0, 0.001, 0.1, 0.5, 0.9, 0.99)]
     contents += [np.random.default_rng(0).bytes(999), pickle.dumps(Bomb(), 2)]
-    wide = {k: torch.zeros(*(n + 1 for n in x.shape)) for k, x in state["nets"].items()}
-    odd = [{**state, "nets": nets} for nets in (Bomb(), [], {}, wide, dict.fromkeys(wide))]
-    odd += [{k: v for k, v in state.items() if k != "nets"}, {}, [], [1], None, torch.ones(3)]
-    settings = [dict(lr=x) for x in ("fast", -1, np.nan, [1, 2])] + [dict(env="x"), dict(new=3)]
-    settings += [dict(hidden=x) for x in ("x", [], [8, 9])] + [dict(time_dim=x) for x in (7, 62)]
-    settings = [{**state["config"]["args"], **each} for each in settings] + [[], Bomb()]
-    odd += [{**state, "config": config} for config in ([], {}, *(dict(args=x) for x in settings))]
-    contents += [saved(lambda file, each=each: torch.save(each, file)) for each in odd]
-    for mode in "--resume", "--evaluate":
-        for content in contents:
-            path.write_bytes(content)
-            check("qflow", mode, "a_run")
-        path.unlink()
-        check("qflow", mode, "a_run", says=["a_run", "No such file"])
+    for value in (Bomb(), {}, [], [1], None, torch.ones(3), {**state, "nets": Bomb()}):
+        contents.append(as_bytes(lambda file, value=value: torch.save(value, file)))
+    for config in ([], {}, dict(script=3), dict(script="other.py")):
+        content = as_bytes(
+            lambda file, config=config: torch.save({**state, "config": config}, file)
+        )
+        contents.append(content)
+    for content in contents:
+        path.write_bytes(content)
+        refused("qflow", mode, "a_run", says=["a_run: "])
     assert not Path("exploded").exists()
 
 
+def test_a_run_of_another_version_of_the_script(finished, refused):
+    path = Path(shutil.copytree(finished, "a_run")) / "checkpoint.pt"
+    state = torch.load(path)
+    del state["config"]["args"]["tau"]
+    torch.save(state, path)
+    for mode in ("--resume", "--evaluate"):
+        refused("qflow", mode, "a_run", says=["made by another version of this script"])
+
+
+def test_a_run_without_a_checkpoint(finished, start, refused):
+    folder = Path(shutil.copytree(finished, "a_run"))
+    (folder / "checkpoint.pt").unlink()
+    refused("qflow", "--evaluate", folder, says=["a_run: was stopped before its first checkpoint"])
+    text = (folder / "config.json").read_text()
+    for content in ("", text[: len(text) // 2], "[]", "3", "{}"):
+        (folder / "config.json").write_text(content)
+        for mode in ("--resume", "--evaluate"):
+            refused("qflow", mode, folder, says=["a_run: damaged, or not a run"])
+    (folder / "config.json").unlink()
+    for mode in ("--resume", "--evaluate"):
+        refused("qflow", mode, folder, says=["a_run: damaged, or not a run", "No such file"])
+
+
 @pytest.mark.parametrize("name", ["config.json", "train.csv", "eval.csv"])
-def test_what_is_done_to_a_file_for_the_reader_is_undone(name, finished, check):
+def test_what_is_done_to_a_file_for_the_reader_is_undone(name, finished, start):
     path = Path(shutil.copytree(finished, "a_run")) / name
-    check("qflow", "--resume", "a_run", says=None)
+    start("qflow", "--resume", "a_run")
     data = path.read_bytes()
-    assert data == (finished / name).read_bytes() or name == "config.json"  # which has --resume now
-    for content in b"", b"\xff\x00\n", data[:-5], data + b"9,9\n", data.replace(b",", b",x"):
+    if name != "config.json":  # which has --resume now
+        assert data == (finished / name).read_bytes()
+    for content in (b"", b"\xff\x00\n", data[:-5], data + b"9,9\n", data.replace(b",", b",x")):
         path.write_bytes(content)
-        check("qflow", "--resume", "a_run", says=None)
+        start("qflow", "--resume", "a_run")
         assert path.read_bytes() == data
     path.unlink()
-    check("qflow", "--resume", "a_run", says=None)
+    start("qflow", "--resume", "a_run")
     assert path.read_bytes() == data
 
 
-def test_what_a_run_may_change(finished, check, monkeypatch):
-    free = "offline_steps eval_interval eval_episodes log_interval compile".split()
-    args = json.loads((finished / "config.json").read_text())["args"]
-    for name in args.keys() - {*free, "resume", "evaluate", "video"}:
-        flag, old = "--" + name.replace("_", "-"), args[name]
-        new = next(value for value in [*ROWS[name][1], "x/y"] if str(value) not in (old, str(old)))
-        was = f"was started with {flag} {' '.join(map(str, old)) if name == 'hidden' else old}"
-        check("qflow", "--resume", finished, flag, new, says=[flag, new, finished, was])
-    words = "--offline-steps 9 --eval-interval 3 --eval-episodes 1 --log-interval 5 --compile"
-    monkeypatch.setattr(sys, "argv", ["qflow.py", "--resume", str(finished), *words.split()])
-    changed = vars(common.parse_args(qflow.Args, "", qflow.SETTINGS))
-    assert [changed[name] for name in free] == [9, 3, 1, 5, True]
-    check("qflow", "--resume", finished, says=None)
-    check("qflow", "--evaluate", finished, "--eval-episodes", 1, "--seed", 5, "--video", says=None)
-    check("qflow", "--resume", finished, "--offline-steps", 4, says=None)  # it has 4 already
-    for flag, new, old in (("--lr", 1.0, 5e-4), ("--offline-steps", 9, 4), ("--hidden", 9, "8 8")):
-        check("qflow", "--evaluate", finished, flag, new, says=[f"{flag} {new}", f"{flag} {old}"])
-    check("qflow", "--evaluate", finished, "--resume", finished, says=["--evaluate", "--resume"])
-    for mode, script in (("--resume", "fql"), ("--evaluate", "fql"), ("--resume", "flow_sac")):
-        check(script, mode, finished, says=[finished, f"not a run of {script}.py"])
+def test_what_a_run_may_change(finished, start, refused, monkeypatch):
+    free = {"offline_steps", "eval_interval", "eval_episodes", "log_interval", "compile", "track"}
+    other = {"dataset", "dataset_url", "resume", "evaluate", "video", "normalize_q_loss"}
+    saved = json.loads((finished / "config.json").read_text())["args"]
+    for name in saved.keys() - free - other:
+        flag = "--" + name.replace("_", "-")
+        old = saved[name]
+        words = old if name == "hidden" else [old]
+        monkeypatch.setattr(sys, "argv", ["qflow.py", "--resume", str(finished)])
+        sys.argv += [flag, *map(str, words)]  # the saved value, repeated
+        assert json.loads(json.dumps(vars(qflow.parse_args())[name])) == old
+        new = next(x for x in [*VALUES[name][1], "x/y"] if str(x) not in map(str, words))
+        before = tuple(old) if name == "hidden" else old
+        says = [flag, new, f": {finished} was trained with {before}"]
+        refused("qflow", "--resume", finished, flag, new, says=says)
+    changes = dict(offline_steps=9, eval_interval=3, eval_episodes=1, log_interval=5)
+    monkeypatch.setattr(sys, "argv", ["qflow.py", "--resume", str(finished), "--compile"])
+    for name, value in changes.items():
+        sys.argv += ["--" + name.replace("_", "-"), str(value)]
+    sys.argv += ["--track", "--dataset", "elsewhere.npz"]
+    args = vars(qflow.parse_args())
+    changes.update(compile=True, track=True, dataset="elsewhere.npz")
+    assert {name: args[name] for name in changes} == changes
 
 
-def test_what_makes_other_numbers_is_a_warning(finished, check, capsys):
-    path = Path(shutil.copytree(finished, "a_run")) / "checkpoint.pt"
-    state = torch.load(path)
-    state["config"].update(threads=99, matmul_precision="low")
-    state["config"]["versions"]["torch"] = "1.0"
-    torch.save(state, path)
-    check("qflow", "--resume", "a_run", says=None)
-    err = capsys.readouterr().err
-    for words in ("threads was 99, is ", "matmul_precision was low, is ", "'torch': '1.0'"):
-        assert words in err and err.count("not the same bit for bit") == 3
+def test_what_an_evaluation_may_change(finished, start, refused, monkeypatch, capsys):
+    results = dict(success=np.ones(1), length=np.ones(1))
+    evaluate = Mock(return_value=results)
+    monkeypatch.setattr(qflow, "evaluate", evaluate)
+    start("qflow", "--evaluate", finished, "--eval-episodes", 1, "--seed", 5)
+    assert evaluate.call_args.args[2:] == (1, 5)
+    assert capsys.readouterr().out.startswith("success 1 (95 %: ")
+    for flag, new, old in (("--lr", 1.0, 5e-4), ("--offline-steps", 9, 4), ("--hidden", 9, (8, 8))):
+        says = [flag, new, f"{finished} was trained with {old}"]
+        refused("qflow", "--evaluate", finished, flag, new, says=says)
+    says = ["--resume and --evaluate exclude each other"]
+    refused("qflow", "--evaluate", finished, "--resume", finished, says=says)
+    for script, mode in (("fql", "--resume"), ("fql", "--evaluate"), ("flow_sac", "--resume")):
+        says = [f"{finished}: a run of qflow.py, not of {script}.py"]
+        refused(script, mode, finished, says=says)
 
 
-def test_places_that_cannot_be_written(finished, check, tmp_path, monkeypatch):
-    Path("file").touch(), Path(".ogbench").touch()
-    for place in ("file", "file/x", "/proc/x", "/dev/null", "a\nb/" + LONG):
-        check("qflow", "--dataset", finished.parents[1] / "data", "--run-dir", place, says=[place])
-        check("flow_sac", "--run-dir", place, says=[place])
+def test_a_video_where_nothing_can_be_rendered(finished, refused, monkeypatch):
+    monkeypatch.setattr(qflow, "evaluate", Mock(return_value={}))
+    monkeypatch.setattr(qflow, "film", Mock(side_effect=mujoco.FatalError("no display")))
+    says = ["--video: cannot render (no display)", "MUJOCO_GL"]
+    refused("qflow", "--evaluate", finished, "--video", says=says)
+
+
+def test_places_that_cannot_be_written(dataset_file, refused, tmp_path, monkeypatch):
+    Path("file").touch()
+    Path(".ogbench").touch()
+    for place in ("file", "file/x", "/proc/x", "/dev/null", LONG):
+        refused("qflow", "--dataset", dataset_file, "--run-dir", place, says=[place])
+        refused("flow_sac", "--run-dir", place, says=[place])
     for home in (tmp_path, tmp_path / "file", Path("/proc/x"), tmp_path / LONG):
         monkeypatch.setenv("HOME", str(home))
-        check("qflow", says=[home / ".ogbench"])
-        check("fql", "--env", "scene-play-v0", says=[home / ".ogbench"])
+        refused("qflow", says=[home / ".ogbench"])
+        refused("fql", "--env", "pointmaze-medium-stitch-v0", says=[home / ".ogbench"])
 
 
-def test_too_much_memory_is_a_line_and_other_errors_are_not_hidden(finished, check, monkeypatch):
-    words = "--dataset", finished.parents[1] / "data", "--offline-steps", 1, "--hidden", 10**9
-    check("fql", *words, 10**9, says=["allocate"])
-    monkeypatch.setattr(common, "report", report := Mock(side_effect=MemoryError()))
-    check("qflow", "--evaluate", finished, says=["out of memory"])
-    report.side_effect = RuntimeError("a mistake of ours: not allocated")
-    with pytest.raises(RuntimeError, match="of ours"):
-        check("qflow", "--evaluate", finished, says=None)
+# ----------------------------------------------------------------------------------- processes
 
 
-@pytest.mark.parametrize("line", ["flow_sac --env HalfCheetah-v2", "qflow --resume nowhere"])
-def test_a_process_says_no_more_than_that_line(line, tmp_path):
-    script, *words = line.split()
-    options = dict(cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    result = subprocess.run([sys.executable, SCRIPTS[script].__file__, *words], **options)
-    assert (result.returncode, result.stdout, list(tmp_path.iterdir())) == (2, "", [])
-    assert re.fullmatch(rf"{script}.py: error: .*{words[-1]}.*\n", result.stderr)
+def run_as_main(script, monkeypatch, *words):
+    """Run a script in this process as `python SCRIPT WORDS` would."""
+    monkeypatch.setattr("signal.signal", Mock())
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
+    runpy.run_path(SCRIPTS[script].__file__, run_name="__main__")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (common.UserError("--x 3: wrong"), 2, "{script}.py: error: --x 3: wrong\n"),
+        (MemoryError("Unable to allocate 9 GiB"), 2, "{script}.py: error: Unable to allocate"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "{script}.py: error: CUDA out of memory"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_exit_codes(script, error, code, line, monkeypatch, capsys):
+    monkeypatch.setattr(common, "read_checkpoint", Mock(side_effect=error))
+    with pytest.raises(SystemExit) as exit:
+        run_as_main(script, monkeypatch, "--resume", "x")
+    assert exit.value.code == code
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(line.format(script=script)) and printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_mistake_of_ours_shows_its_traceback(script, monkeypatch):
+    mistake = NameError("name 'checkpiont' is not defined")
+    monkeypatch.setattr(common, "read_checkpoint", Mock(side_effect=mistake))
+    with pytest.raises(NameError, match="checkpiont"):
+        run_as_main(script, monkeypatch, "--resume", "x")
+
+
+def test_a_mistake_inside_a_network_shows_its_traceback(finished, start, monkeypatch):
+    mistake = NameError("name 'obs_dmi' is not defined")
+    monkeypatch.setattr(qflow, "Critic", Mock(side_effect=mistake))
+    with pytest.raises(NameError, match="obs_dmi"):
+        start("qflow", "--evaluate", finished)
+
+
+def test_too_much_memory_is_one_line(dataset_file, monkeypatch, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**31, hard))
+    try:
+        with pytest.raises(SystemExit) as exit:
+            words = ["--dataset", dataset_file, "--device", "cpu", "--eval-episodes", 1]
+            run_as_main("qflow", monkeypatch, *words, "--batch-size", 10**9)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert exit.value.code == 2
+    last_line = capsys.readouterr().err.splitlines()[-1]
+    assert last_line.startswith("qflow.py: error: ") and "allocate" in last_line
+
+
+@pytest.mark.parametrize(
+    "script, words, message",
+    [
+        ("flow_sac", "--env HalfCheeta-v5", "flow_sac.py: error: --env HalfCheeta-v5: "),
+        ("qflow", "--learning-rate 3", "╭─ Unrecognized options ─"),
+    ],
+)
+def test_a_process_says_no_more_than_that(script, words, message, tmp_path):
+    result = subprocess.run(
+        [sys.executable, SCRIPTS[script].__file__, *words.split()],
+        cwd=tmp_path,
+        env={**os.environ, "HOME": str(tmp_path), "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 2 and result.stdout == "", result.stderr
+    assert result.stderr.startswith(message) and "Traceback" not in result.stderr
+    if message.startswith(script):
+        assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())  # nothing was made before the mistake was found
