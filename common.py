@@ -137,7 +137,7 @@ class Dataset:
     observations: (M, O)
     actions: (M, A) in [-1, 1]
     rewards: (M,)
-    masks: (M,), 0 where the task is solved in s, so that the value of s is its reward alone
+    masks: (M,), 0 if nothing counts after this step (solved, terminated), else 1 (also: time is up)
     valids: (M,), 0 in the last row of each episode, else 1
     """
 

@@ -37,7 +37,7 @@ import gymnasium
 import imageio
 import mujoco
 import numpy as np
-import ogbench.online_locomotion  # noqa: F401  registers online-ant-v0 and relatives
+import ogbench.online_locomotion  # noqa: F401  registers online-ant-v0 and its variants
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ import common
 @dataclass
 class Args:
     env: str = "Pendulum-v1"
-    """Gymnasium id with Box observations and actions, or OGBench's online-ant-v0 and relatives"""
+    """Gymnasium id with Box observations and actions, or OGBench's online-ant-v0, online-..."""
     seed: int = 0
     """seed of weights, environments, batches, noise and evaluation episodes"""
     device: str = "auto"
@@ -566,8 +566,9 @@ def update_policy(nets, optimizers, batch, draws, args):
 def saved_args(state):
     """The settings in a checkpoint as Args."""
     saved = dict(state["config"]["args"])
-    if saved.keys() != vars(Args()).keys():
-        raise common.UserError("the run was made by another version of this script")
+    unknown = saved.keys() - vars(Args()).keys()
+    if unknown:
+        raise common.UserError(f"the run has settings unknown to this script: {unknown}")
     saved["hidden"] = tuple(saved["hidden"])  # JSON has lists only
     return Args(**saved)
 
@@ -604,7 +605,7 @@ def evaluate(policy, envs, num_episodes, seed):
     episodes_left = np.full(n, num_episodes // n)
     episodes_left[: num_episodes % n] += 1
     obs, _ = envs.reset(seed=[seed * n + i for i in range(n)])
-    chunks = np.array(policy(obs))
+    chunks = np.array(policy(obs))  # a copy that can be written to
     horizon = chunks.shape[1]
     position = np.zeros(n, int)  # of the next action in its chunk
     returns = np.zeros(n)
@@ -660,6 +661,7 @@ class ReplayBuffer:
         return Batch(obs, actions, rewards[:, 0], masks[:, 0], next_obs)
 
     def state_dict(self):
+        """The rows that are filled."""
         return dict(count=self.count, rows=self.rows[: self.count].clone())
 
     def load_state_dict(self, state):
@@ -671,13 +673,13 @@ class ReplayBuffer:
 def train(args, envs, eval_envs, run, device):
     """Learn in `envs`, evaluate in `eval_envs`, write to `run`; returns the networks.
 
-    Both are vector environments with actions in [-1, 1] that reset in the same step; in gymnasium's
-    other modes a step without meaning follows each episode. Raises ValueError.
+    Both are vector environments with actions in [-1, 1] and autoreset mode SAME_STEP, which
+    `make_envs` sets. Raises ValueError.
     """
     for vector_env in (envs, eval_envs):
         if vector_env.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
             raise ValueError(f"autoreset_mode must be SAME_STEP, is {vector_env.metadata}")
-    torch.manual_seed(args.seed + 2**31)  # for the weights; not the generator's random numbers
+    torch.manual_seed(args.seed + 2**31)  # for the weights: not the generator's random numbers
     generator = torch.Generator(device).manual_seed(args.seed)
     eval_generator = torch.Generator(device)
     obs_dim = envs.single_observation_space.shape[0]
@@ -741,7 +743,7 @@ def train(args, envs, eval_envs, run, device):
         run.bar.update(n)
 
         if step > args.learning_starts:
-            for _ in range(n):
+            for _ in range(n):  # one update per environment step
                 batch = buffer.sample(args.batch_size, generator)
                 draws = draw(batch.actions, args.flow_steps, generator)
                 metrics.update(update_critic(nets, optimizers, batch, draws, args))
@@ -798,8 +800,8 @@ def train(args, envs, eval_envs, run, device):
 class SeededReset(gymnasium.Wrapper):
     """Makes episodes reproducible: OGBench draws from NumPy's global generator too.
 
-    For an environment that has a process to itself. Of a step's info only `success` is kept; the
-    rest would be sent from process to process for nothing.
+    It seeds that one, so there must not be two of them in a process. Of a step's info only
+    `success` is kept; the rest would be sent from process to process for nothing.
     """
 
     def __init__(self, env):
@@ -821,10 +823,10 @@ class SeededReset(gymnasium.Wrapper):
 
 
 class Envs(AsyncVectorEnv):
-    """Environments in processes of their own, which close at once."""
+    """Environments in processes of their own that close immediately."""
 
     def close_extras(self, **kwargs):
-        for process in self.processes:  # gymnasium waits for their answers, perhaps for ever
+        for process in self.processes:  # gymnasium waits for their answers, perhaps forever
             process.kill()
 
 
@@ -832,7 +834,8 @@ def make_envs(make_env, num_envs):
     """Vector environment of `num_envs` times what the function make_env returns."""
 
     def start():
-        if multiprocessing.parent_process():  # in a worker; gymnasium makes one more in this one
+        in_worker = multiprocessing.parent_process() is not None
+        if in_worker:  # gymnasium also makes one in the main process, to look at its spaces
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process,
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which then kills its workers
         return SeededReset(make_env())
@@ -842,6 +845,7 @@ def make_envs(make_env, num_envs):
 
 # --------------------------------------------------------------------------------- command line
 
+# Flags of all three scripts.
 MAY_CHANGE_ON_RESUME = (
     "resume dataset dataset_url offline_steps online_steps eval_interval eval_episodes "
     "log_interval compile track"
@@ -860,6 +864,7 @@ def parse_args():
         values = ", ".join(f"{name}={value}" for name, value in settings.items())
         description += f"    {prefix}: {values}\n"
 
+    # A first pass for --env, --resume and --evaluate, which choose the defaults of the second.
     given, _ = tyro.cli(Args, return_unknown_args=True, add_help=False)
     default = Args(env=given.env)
     for prefix, settings in SETTINGS.items():
@@ -968,9 +973,11 @@ def evaluate_run(args, make_env, envs, device):
         try:
             with SeededReset(make_env(render_mode="rgb_array")) as env:
                 film(policy, env, args.seed, path)
-        except (mujoco.FatalError, gymnasium.error.DependencyNotInstalled) as error:
+        except mujoco.FatalError as error:
             hint = "without a display, set the environment variable MUJOCO_GL to egl or osmesa"
             raise common.UserError(f"--video: cannot render ({error}); {hint}") from None
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise common.UserError(f"--video: cannot render ({error})") from None
 
 
 def make_env(env_id, **options):

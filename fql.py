@@ -7,12 +7,12 @@ unstable.
 
 FQL avoids this. The flow only imitates. A second network mu(s, z) maps noise to an action in one
 step, and this is the policy: the flow teaches it to stay close to the data, the critic to improve,
-and the critic's gradient passes through that one step only. Three networks, in this file's
-notation:
+and the critic's gradient passes through that one step only. In this file's notation, with x_0 and z
+noise, x_1 an action of the dataset and x_t = (1 - t) x_0 + t x_1, the three networks learn:
 
-    critic    Q(s, a)       ->  r + discount * mask * Q'(s', a'),  a' from the policy, Q' the target
-    velocity  v(s, x_t, t)  ->  x_1 - x_0,  x_1 from the dataset
-    one_step  mu(s, z)      ->  minimum of  alpha * mean (mu - flow's end from z)^2 - Q(s, clip(mu))
+    critic    Q(s, a)       =  r + discount * mask * Q'(s', a'),  a' from the policy, Q' the target
+    velocity  v(s, x_t, t)  =  x_1 - x_0
+    one_step  mu(s, z)      minimises  alpha * mean (mu - flow's action from z)^2 - Q(s, clip(mu))
 
 Park, Li, Levine: Flow Q-Learning, ICML 2025, https://arxiv.org/abs/2502.02538
 
@@ -76,7 +76,7 @@ class Args:
     flow_steps: int = 10
     """K, number of Euler steps from noise to action"""
     q_agg: Literal["mean", "min"] = "mean"
-    """how the ensemble of two is aggregated in the targets"""
+    """how the critics' ensemble is aggregated in the targets"""
     horizon: int = 1
     """h, actions per chunk, executed open loop (1: no chunks)"""
     alpha: float = 10.0
@@ -145,9 +145,9 @@ SETTINGS = {
     ),
     "antmaze-large-navigate": dict(alpha=10.0, q_agg="min", discount=0.99),
     "antmaze-giant-navigate": dict(alpha=10.0, q_agg="min", discount=0.995),
+    "antsoccer-arena-navigate": dict(alpha=10.0, q_agg="mean", discount=0.995),
     "humanoidmaze-medium-navigate": dict(alpha=30.0, q_agg="mean", discount=0.995),
     "humanoidmaze-large-navigate": dict(alpha=30.0, q_agg="mean", discount=0.995),
-    "antsoccer-arena-navigate": dict(alpha=10.0, q_agg="mean", discount=0.995),
     "cube-single-play": dict(alpha=300.0, q_agg="mean", discount=0.99),
     "cube-double-play": dict(alpha=300.0, q_agg="mean", discount=0.99),
     "scene-play": dict(alpha=300.0, q_agg="mean", discount=0.99),
@@ -269,7 +269,7 @@ def rollout(velocity, obs, x, t, flow_steps):
     """Follow the flow from (x, t) to time 1 with K Euler steps, then clip to [-1, 1].
 
     From t = 0 these are K steps of size 1 / K. From t > 0 the flow arrives early, and the remaining
-    steps have size 0. (B, O), (B, A), (B, 1) -> (B, A).
+    steps have size 0, so that every sample takes K steps. (B, O), (B, A), (B, 1) -> (B, A).
     """
     for _ in range(flow_steps):
         dt = (1 - t).clamp(0, 1 / flow_steps)
@@ -285,9 +285,10 @@ def sample_actions(nets, obs, x0, args):
 
 # --------------------------------------------------------------------------------------- losses
 #
-# A batch has observations (B, O), actions (B, h * A), rewards (B,) summed over the chunk, masks
-# (B,) that are 0 where the task is solved, next_observations (B, O), and valid (B, h) that is 0
-# for steps after the end of the episode. A chunk whose last step is not valid has weight 0 in TD.
+# A batch has observations (B, O), actions (B, A), where A counts all h actions of a chunk, rewards
+# (B,) that are the discounted sum over the chunk's valid steps, masks (B,) that are 0 where the
+# task is solved, next_observations (B, O), and valid (B, h) that is 0 for steps after the end of
+# the episode. A chunk whose last step is not valid has weight 0 in TD.
 
 
 class Draws(NamedTuple):
@@ -307,7 +308,7 @@ def draw(actions, generator):
 
 
 def aggregate(q, q_agg):
-    """One value from the ensemble: (2, B) -> (B,)."""
+    """One value from the ensemble: (ensemble, B) -> (B,)."""
     return q.mean(0) if q_agg == "mean" else q.amin(0)
 
 
@@ -319,7 +320,8 @@ def critic_target(nets, batch, z, args):
     return batch.rewards + args.discount**args.horizon * batch.masks * next_q
 
 
-# Each loss returns itself and what to log.
+# Each loss returns itself and what to log. Logged names that end in _loss are plotted and have to
+# stay finite; q_min and q_max are compared with the range of returns.
 
 
 def critic_loss(nets, batch, target):
@@ -356,13 +358,13 @@ def policy_loss(nets, batch, z, args):
 
 
 def total_loss(nets, batch, draws, args):
-    """The sum of the losses; each has gradients for its own network only."""
+    """The sum of the losses; each trains its own network only."""
     target = critic_target(nets, batch, draws.next_z, args)
-    critic, critic_log = critic_loss(nets, batch, target)
-    flow, flow_log = flow_loss(nets, batch, draws.flow_x0, draws.flow_t)
-    policy, policy_log = policy_loss(nets, batch, draws.policy_z, args)
-    metrics = {**critic_log, **flow_log, **policy_log}
-    return critic + flow + policy, {name: x.detach() for name, x in metrics.items()}
+    loss_q, metrics_q = critic_loss(nets, batch, target)
+    loss_v, metrics_v = flow_loss(nets, batch, draws.flow_x0, draws.flow_t)
+    loss_pi, metrics_pi = policy_loss(nets, batch, draws.policy_z, args)
+    metrics = {**metrics_q, **metrics_v, **metrics_pi}
+    return loss_q + loss_v + loss_pi, {name: x.detach() for name, x in metrics.items()}
 
 
 # --------------------------------------------------------------------------------------- update
@@ -393,8 +395,9 @@ def update(nets, optimizer, batch, draws, args, loss=total_loss):
 def saved_args(state):
     """The settings in a checkpoint as Args."""
     saved = dict(state["config"]["args"])
-    if saved.keys() != vars(Args()).keys():
-        raise common.UserError("the run was made by another version of this script")
+    unknown = saved.keys() - vars(Args()).keys()
+    if unknown:
+        raise common.UserError(f"the run has settings unknown to this script: {unknown}")
     saved["hidden"] = tuple(saved["hidden"])  # JSON has lists only
     return Args(**saved)
 
@@ -432,7 +435,7 @@ def evaluate(policy, envs, num_episodes, seed):
     episodes_left = np.full(n, num_episodes // n)
     episodes_left[: num_episodes % n] += 1
     obs, _ = envs.reset(seed=[seed * n + i for i in range(n)])
-    chunks = np.array(policy(obs))
+    chunks = np.array(policy(obs))  # a copy that can be written to
     horizon = chunks.shape[1]
     position = np.zeros(n, int)  # of the next action in its chunk
     returns = np.zeros(n)
@@ -493,9 +496,15 @@ class CUDAGraph:
 
 
 def train(args, dataset, envs, run):
-    """Train on `dataset`, evaluate in `envs`, write to `run`; returns the networks."""
+    """Train on `dataset`, evaluate in `envs`, write to `run`; returns the networks.
+
+    dataset: common.Dataset. envs: vector environment with autoreset mode SAME_STEP, which
+    `make_envs` sets. Raises ValueError.
+    """
+    if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
+        raise ValueError(f"autoreset_mode must be SAME_STEP, is {envs.metadata}")
     device = dataset.actions.device
-    torch.manual_seed(args.seed + 2**31)  # for the weights; not the generator's random numbers
+    torch.manual_seed(args.seed + 2**31)  # for the weights: not the generator's random numbers
     generator = torch.Generator(device).manual_seed(args.seed)
     eval_generator = torch.Generator(device)
     obs_dim = dataset.observations.shape[1]
@@ -571,8 +580,8 @@ def train(args, dataset, envs, run):
 class SeededReset(gymnasium.Wrapper):
     """Makes episodes reproducible: OGBench draws from NumPy's global generator too.
 
-    For an environment that has a process to itself. Of a step's info only `success` is kept; the
-    rest would be sent from process to process for nothing.
+    It seeds that one, so there must not be two of them in a process. Of a step's info only
+    `success` is kept; the rest would be sent from process to process for nothing.
     """
 
     def __init__(self, env):
@@ -594,10 +603,10 @@ class SeededReset(gymnasium.Wrapper):
 
 
 class Envs(AsyncVectorEnv):
-    """Environments in processes of their own, which close at once."""
+    """Environments in processes of their own that close immediately."""
 
     def close_extras(self, **kwargs):
-        for process in self.processes:  # gymnasium waits for their answers, perhaps for ever
+        for process in self.processes:  # gymnasium waits for their answers, perhaps forever
             process.kill()
 
 
@@ -605,7 +614,8 @@ def make_envs(make_env, num_envs):
     """Vector environment of `num_envs` times what the function make_env returns."""
 
     def start():
-        if multiprocessing.parent_process():  # in a worker; gymnasium makes one more in this one
+        in_worker = multiprocessing.parent_process() is not None
+        if in_worker:  # gymnasium also makes one in the main process, to look at its spaces
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process,
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which then kills its workers
         return SeededReset(make_env())
@@ -615,6 +625,7 @@ def make_envs(make_env, num_envs):
 
 # --------------------------------------------------------------------------------- command line
 
+# Flags of all three scripts.
 MAY_CHANGE_ON_RESUME = (
     "resume dataset dataset_url offline_steps online_steps eval_interval eval_episodes "
     "log_interval compile track"
@@ -633,6 +644,7 @@ def parse_args():
         values = ", ".join(f"{name}={value}" for name, value in settings.items())
         description += f"    {prefix}: {values}\n"
 
+    # A first pass for --env, --resume and --evaluate, which choose the defaults of the second.
     given, _ = tyro.cli(Args, return_unknown_args=True, add_help=False)
     default = Args(env=given.env)
     for prefix, settings in SETTINGS.items():
@@ -741,9 +753,11 @@ def evaluate_run(args, make_env, envs, device):
         try:
             with SeededReset(make_env(render_mode="rgb_array")) as env:
                 film(policy, env, args.seed, path)
-        except (mujoco.FatalError, gymnasium.error.DependencyNotInstalled) as error:
+        except mujoco.FatalError as error:
             hint = "without a display, set the environment variable MUJOCO_GL to egl or osmesa"
             raise common.UserError(f"--video: cannot render ({error}); {hint}") from None
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise common.UserError(f"--video: cannot render ({error})") from None
 
 
 def main():

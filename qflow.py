@@ -7,12 +7,12 @@ unstable.
 
 Q-Flow avoids this. The flow is deterministic, so a point x_t on the way has exactly the value of
 the action at its end. A network V(s, x_t, t) learns this value, and its gradient with respect to
-x_t tells the velocity field where to bend. Three networks, three regressions, in this file's
-notation:
+x_t tells the velocity field where to bend. Three networks, three regressions. In this file's
+notation, with x_0 noise, x_1 an action of the dataset and x_t = (1 - t) x_0 + t x_1, they learn:
 
-    critic    Q(s, a)       ->  r + discount * mask * Q'(s', a'),  a' from the policy, Q' the target
-    value     V(s, x_t, t)  ->  Q'(s, x_1),  x_1 reached by the policy's flow from x_t
-    velocity  v(s, x_t, t)  ->  (x_1 - x_0) + 1 / lam * grad_x V(s, x_t, t),  x_1 from the dataset
+    critic    Q(s, a)       =  r + discount * mask * Q'(s', a'),  a' from the policy, Q' the target
+    value     V(s, x_t, t)  =  Q'(s, y),  y the action to which the policy's flow takes x_t
+    velocity  v(s, x_t, t)  =  x_1 - x_0 + 1 / lam * grad_x V(s, x_t, t)
 
 Doo, Jeon, Ye, Lee, Seo: Q-Flow: Stable and Expressive Reinforcement Learning with Flow-Based
 Policy, ICML 2026, https://arxiv.org/abs/2605.13435
@@ -77,7 +77,7 @@ class Args:
     flow_steps: int = 10
     """K, number of Euler steps from noise to action"""
     q_agg: Literal["mean", "min"] = "mean"
-    """how the ensemble of two is aggregated in the targets"""
+    """how the critics' ensemble is aggregated in the targets"""
     horizon: int = 1
     """h, actions per chunk, executed open loop (1: no chunks)"""
     lam: float = 1.0
@@ -231,6 +231,17 @@ class Critic(nn.Module):
         return self.mlp(torch.cat([obs, actions], -1)).squeeze(-1)
 
 
+class Velocity(nn.Module):
+    """v(s, x_t, t), the velocity field of the flow: (B, O), (B, A), (B, 1) -> (B, A)."""
+
+    def __init__(self, obs_dim, action_dim, hidden):
+        super().__init__()
+        self.mlp = MLP(obs_dim + action_dim + 1, hidden, action_dim)
+
+    def forward(self, obs, x, t):
+        return self.mlp(torch.cat([obs, x, t], -1)).squeeze(0)
+
+
 class Value(nn.Module):
     """V(s, x_t, t), an ensemble of two: (B, O), (B, A), (B, 1) -> (2, B)."""
 
@@ -243,17 +254,6 @@ class Value(nn.Module):
     def forward(self, obs, x, t):
         angles = t * self.frequencies
         return self.mlp(torch.cat([obs, x, angles.sin(), angles.cos()], -1)).squeeze(-1)
-
-
-class Velocity(nn.Module):
-    """v(s, x_t, t), the velocity field of the flow: (B, O), (B, A), (B, 1) -> (B, A)."""
-
-    def __init__(self, obs_dim, action_dim, hidden):
-        super().__init__()
-        self.mlp = MLP(obs_dim + action_dim + 1, hidden, action_dim)
-
-    def forward(self, obs, x, t):
-        return self.mlp(torch.cat([obs, x, t], -1)).squeeze(0)
 
 
 class Networks(nn.Module):
@@ -275,7 +275,7 @@ def rollout(velocity, obs, x, t, flow_steps):
     """Follow the flow from (x, t) to time 1 with K Euler steps, then clip to [-1, 1].
 
     From t = 0 these are K steps of size 1 / K. From t > 0 the flow arrives early, and the remaining
-    steps have size 0. (B, O), (B, A), (B, 1) -> (B, A).
+    steps have size 0, so that every sample takes K steps. (B, O), (B, A), (B, 1) -> (B, A).
     """
     for _ in range(flow_steps):
         dt = (1 - t).clamp(0, 1 / flow_steps)
@@ -291,9 +291,10 @@ def sample_actions(nets, obs, x0, args):
 
 # --------------------------------------------------------------------------------------- losses
 #
-# A batch has observations (B, O), actions (B, h * A), rewards (B,) summed over the chunk, masks
-# (B,) that are 0 where the task is solved, next_observations (B, O), and valid (B, h) that is 0
-# for steps after the end of the episode. A chunk whose last step is not valid has weight 0.
+# A batch has observations (B, O), actions (B, A), where A counts all h actions of a chunk, rewards
+# (B,) that are the discounted sum over the chunk's valid steps, masks (B,) that are 0 where the
+# task is solved, next_observations (B, O), and valid (B, h) that is 0 for steps after the end of
+# the episode. A chunk whose last step is not valid has weight 0.
 
 
 class Draws(NamedTuple):
@@ -314,7 +315,7 @@ def draw(actions, generator):
 
 
 def aggregate(q, q_agg):
-    """One value from the ensemble: (2, B) -> (B,)."""
+    """One value from the ensemble: (ensemble, B) -> (B,)."""
     return q.mean(0) if q_agg == "mean" else q.amin(0)
 
 
@@ -328,21 +329,27 @@ def targets(nets, batch, x0, xt, t, args):
     x = torch.cat([x0, xt])
     t = torch.cat([torch.zeros_like(t), t])
     actions = rollout(nets.velocity, obs, x, t, args.flow_steps)
-    next_q, flow_q = aggregate(nets.target_critic(obs, actions), args.q_agg).chunk(2)
+    q = aggregate(nets.target_critic(obs, actions), args.q_agg)
+    next_q, flow_q = q.chunk(2)  # the halves of the batch: at s' and at s
     return batch.rewards + args.discount**args.horizon * batch.masks * next_q, flow_q
 
 
 @torch.no_grad()
 def guidance(value, obs, xt, t):
-    """grad_x V(s, x_t, t): (B, A). V is the mean of the ensemble, also where q_agg is min."""
+    """grad_x V(s, x_t, t), without a graph of its own: (B, A).
 
-    def total_value(x):  # of the batch: each sample's gradient is that of its own value
+    V is the mean of the ensemble, also where q_agg is min and each sample trains the smaller head
+    only, as in the authors' code.
+    """
+
+    def total_value(x):  # summed over the batch: each sample has the gradient of its own value
         return value(obs, x, t).mean(0).sum()
 
     return torch.func.grad(total_value)(xt)
 
 
-# Each loss returns itself and what to log.
+# Each loss returns itself and what to log. Logged names that end in _loss are plotted and have to
+# stay finite; q_min and q_max are compared with the range of returns.
 
 
 def critic_loss(nets, batch, target):
@@ -355,8 +362,7 @@ def critic_loss(nets, batch, target):
 def value_loss(nets, batch, xt, t, target, args):
     """Flow consistency: a point on the flow has the value of its end, the target (B,).
 
-    With q_agg min only the smaller head is trained on each sample, while the guidance is the
-    gradient of the mean of both, as in the authors' code.
+    With q_agg min each sample trains the smaller head only, while `guidance` uses their mean.
     """
     v = aggregate(nets.value(batch.observations, xt, t), args.q_agg)
     loss = (batch.valid[:, -1] * (v - target) ** 2).mean()
@@ -373,15 +379,15 @@ def policy_loss(nets, batch, x0, t, args):
 
 
 def total_loss(nets, batch, draws, args):
-    """The sum of the losses; each has gradients for its own network only."""
+    """The sum of the losses; each trains its own network only."""
     t = draws.value_t
     xt = (1 - t) * draws.value_x0 + t * batch.actions
     critic_target, value_target = targets(nets, batch, draws.next_x0, xt, t, args)
-    critic, critic_log = critic_loss(nets, batch, critic_target)
-    value, value_log = value_loss(nets, batch, xt, t, value_target, args)
-    policy, policy_log = policy_loss(nets, batch, draws.policy_x0, draws.policy_t, args)
-    metrics = {**critic_log, **value_log, **policy_log}
-    return critic + value + policy, {name: x.detach() for name, x in metrics.items()}
+    loss_q, metrics_q = critic_loss(nets, batch, critic_target)
+    loss_v, metrics_v = value_loss(nets, batch, xt, t, value_target, args)
+    loss_pi, metrics_pi = policy_loss(nets, batch, draws.policy_x0, draws.policy_t, args)
+    metrics = {**metrics_q, **metrics_v, **metrics_pi}
+    return loss_q + loss_v + loss_pi, {name: x.detach() for name, x in metrics.items()}
 
 
 # --------------------------------------------------------------------------------------- update
@@ -412,8 +418,9 @@ def update(nets, optimizer, batch, draws, args, loss=total_loss):
 def saved_args(state):
     """The settings in a checkpoint as Args."""
     saved = dict(state["config"]["args"])
-    if saved.keys() != vars(Args()).keys():
-        raise common.UserError("the run was made by another version of this script")
+    unknown = saved.keys() - vars(Args()).keys()
+    if unknown:
+        raise common.UserError(f"the run has settings unknown to this script: {unknown}")
     saved["hidden"] = tuple(saved["hidden"])  # JSON has lists only
     return Args(**saved)
 
@@ -451,7 +458,7 @@ def evaluate(policy, envs, num_episodes, seed):
     episodes_left = np.full(n, num_episodes // n)
     episodes_left[: num_episodes % n] += 1
     obs, _ = envs.reset(seed=[seed * n + i for i in range(n)])
-    chunks = np.array(policy(obs))
+    chunks = np.array(policy(obs))  # a copy that can be written to
     horizon = chunks.shape[1]
     position = np.zeros(n, int)  # of the next action in its chunk
     returns = np.zeros(n)
@@ -512,9 +519,15 @@ class CUDAGraph:
 
 
 def train(args, dataset, envs, run):
-    """Train on `dataset`, evaluate in `envs`, write to `run`; returns the networks."""
+    """Train on `dataset`, evaluate in `envs`, write to `run`; returns the networks.
+
+    dataset: common.Dataset. envs: vector environment with autoreset mode SAME_STEP, which
+    `make_envs` sets. Raises ValueError.
+    """
+    if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
+        raise ValueError(f"autoreset_mode must be SAME_STEP, is {envs.metadata}")
     device = dataset.actions.device
-    torch.manual_seed(args.seed + 2**31)  # for the weights; not the generator's random numbers
+    torch.manual_seed(args.seed + 2**31)  # for the weights: not the generator's random numbers
     generator = torch.Generator(device).manual_seed(args.seed)
     eval_generator = torch.Generator(device)
     obs_dim = dataset.observations.shape[1]
@@ -590,8 +603,8 @@ def train(args, dataset, envs, run):
 class SeededReset(gymnasium.Wrapper):
     """Makes episodes reproducible: OGBench draws from NumPy's global generator too.
 
-    For an environment that has a process to itself. Of a step's info only `success` is kept; the
-    rest would be sent from process to process for nothing.
+    It seeds that one, so there must not be two of them in a process. Of a step's info only
+    `success` is kept; the rest would be sent from process to process for nothing.
     """
 
     def __init__(self, env):
@@ -613,10 +626,10 @@ class SeededReset(gymnasium.Wrapper):
 
 
 class Envs(AsyncVectorEnv):
-    """Environments in processes of their own, which close at once."""
+    """Environments in processes of their own that close immediately."""
 
     def close_extras(self, **kwargs):
-        for process in self.processes:  # gymnasium waits for their answers, perhaps for ever
+        for process in self.processes:  # gymnasium waits for their answers, perhaps forever
             process.kill()
 
 
@@ -624,7 +637,8 @@ def make_envs(make_env, num_envs):
     """Vector environment of `num_envs` times what the function make_env returns."""
 
     def start():
-        if multiprocessing.parent_process():  # in a worker; gymnasium makes one more in this one
+        in_worker = multiprocessing.parent_process() is not None
+        if in_worker:  # gymnasium also makes one in the main process, to look at its spaces
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process,
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which then kills its workers
         return SeededReset(make_env())
@@ -634,6 +648,7 @@ def make_envs(make_env, num_envs):
 
 # --------------------------------------------------------------------------------- command line
 
+# Flags of all three scripts.
 MAY_CHANGE_ON_RESUME = (
     "resume dataset dataset_url offline_steps online_steps eval_interval eval_episodes "
     "log_interval compile track"
@@ -652,6 +667,7 @@ def parse_args():
         values = ", ".join(f"{name}={value}" for name, value in settings.items())
         description += f"    {prefix}: {values}\n"
 
+    # A first pass for --env, --resume and --evaluate, which choose the defaults of the second.
     given, _ = tyro.cli(Args, return_unknown_args=True, add_help=False)
     default = Args(env=given.env)
     for prefix, settings in SETTINGS.items():
@@ -760,9 +776,11 @@ def evaluate_run(args, make_env, envs, device):
         try:
             with SeededReset(make_env(render_mode="rgb_array")) as env:
                 film(policy, env, args.seed, path)
-        except (mujoco.FatalError, gymnasium.error.DependencyNotInstalled) as error:
+        except mujoco.FatalError as error:
             hint = "without a display, set the environment variable MUJOCO_GL to egl or osmesa"
             raise common.UserError(f"--video: cannot render ({error}); {hint}") from None
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise common.UserError(f"--video: cannot render ({error})") from None
 
 
 def main():
