@@ -18,6 +18,7 @@ import mujoco
 import numpy as np
 import pytest
 import torch
+from gymnasium.vector import AutoresetMode
 
 import common
 import flow_sac
@@ -44,7 +45,7 @@ class Bomb:
 def one_environment(make_env, num_envs):
     """make_envs without processes: the environment must exist, but nothing is played."""
     make_env().close()
-    return Mock()
+    return Mock(metadata=dict(autoreset_mode=AutoresetMode.SAME_STEP))
 
 
 @pytest.fixture(autouse=True)
@@ -177,6 +178,9 @@ def test_command_lines(refused, monkeypatch):
     refused("qflow", "--video", says=["--video: needs --evaluate"])
     refused("qflow", "extra", says=["extra"])
     refused("fql", "--lam", 1, says=["--lam"])
+    refused("flow_sac", "--env", "HalfCheeta-v5", says=["Did you mean: `HalfCheetah`"])
+    refused("flow_sac", "--env", "CartPole-v1", says=["requires a Box action space"])
+    refused("flow_sac", "--online-steps", 500, says=["--learning-starts 1000: must be below"])
     refused("qflow", "--env", "scene-play-singletask-task2-v0", "--task", 3, says=["--task 3"])
     monkeypatch.setattr(sys, "argv", "qflow.py --lr nan --lr 2 --hidden 9 9 --hidden 8".split())
     args = qflow.parse_args()
@@ -316,10 +320,21 @@ def test_checkpoints_that_are_damaged_or_something_else(mode, finished, refused)
 def test_a_run_of_another_version_of_the_script(finished, refused):
     path = Path(shutil.copytree(finished, "a_run")) / "checkpoint.pt"
     state = torch.load(path)
-    del state["config"]["args"]["tau"]
+    state["config"]["args"]["new"] = 3
     torch.save(state, path)
     for mode in ("--resume", "--evaluate"):
-        refused("qflow", mode, "a_run", says=["made by another version of this script"])
+        refused("qflow", mode, "a_run", says=["settings unknown to this script: {'new'}"])
+
+
+def test_a_run_with_weights_only(finished, start, refused, monkeypatch, capsys):
+    path = Path(shutil.copytree(finished, "a_run")) / "checkpoint.pt"
+    state = torch.load(path)
+    names = ("config", "step", "sizes", "nets")
+    torch.save({name: state[name] for name in names}, path)
+    refused("qflow", "--resume", "a_run", says=["a_run: has weights only, for --evaluate"])
+    monkeypatch.setattr(qflow, "evaluate", Mock(return_value=dict(length=np.ones(1))))
+    start("qflow", "--evaluate", "a_run")
+    assert "\nlength 1 (95 %: " in capsys.readouterr().out
 
 
 def test_a_run_without_a_checkpoint(finished, start, refused):
