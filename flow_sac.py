@@ -51,7 +51,7 @@ import common
 @dataclass
 class Args:
     env: str = "Pendulum-v1"
-    """Gymnasium id with Box observations and actions, or OGBench's online-ant-v0, online-..."""
+    """Gymnasium id with Box observations and actions, or OGBench's online-ant-v0 and such"""
     seed: int = 0
     """seed of weights, environments, batches, noise and evaluation episodes"""
     device: str = "auto"
