@@ -10,7 +10,6 @@ target for K = 4, means another noise level for another K; the target moves so t
 """
 
 import csv
-import json
 import math
 import os
 import subprocess
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 
@@ -73,41 +73,62 @@ def run_of(args, policy, k):
 
 def observations(count, seed=0):
     """What random actions see, the same for everyone: (count, O)."""
-    env = flow_sac.continuous_env("HalfCheetah-v5")()
+    env = flow_sac.make_env("HalfCheetah-v5")
     env.action_space.seed(seed)
-    rows = [env.reset(seed=seed)[0]]
+    obs, _ = env.reset(seed=seed)
+    rows = [obs]
     while len(rows) < count:
         obs, _, _, truncated, _ = env.step(env.action_space.sample())
-        rows.append(env.reset()[0] if truncated else obs)
+        if truncated:
+            obs, _ = env.reset()
+        rows.append(obs)
     return torch.as_tensor(np.array(rows), dtype=torch.float32)
+
+
+def policy_loss(nets, obs, x0, eps):
+    """flow_sac.policy_loss -> the loss, the entropy and the path [x_0, ..., x_K] that leads to it.
+
+    Of the gradient by x_0, that of its own log-density, log N(x_0; 0, I), is left out: it is the
+    same for every velocity.
+    """
+    policy = nets.policy.train()
+    normalised = policy.obs_norm(obs)
+    policy.eval()
+    x0 = x0.detach().requires_grad_()
+    path, log_prob = flow_sac.rollout(policy.velocity, policy.log_sigma, normalised, x0, eps)
+    for x in path:
+        x.retain_grad()
+    own = -0.5 * (x0**2).sum(-1)  # log N(x_0; 0, I), but for a constant
+    log_prob = log_prob - own + own.detach()
+    u = path[-1]
+    log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))
+    log_prob = log_prob - log_det.sum(-1)
+    q = nets.critic(obs, u.tanh()).amin(0)
+    loss = (nets.log_temperature.exp().detach() * log_prob - q).mean()
+    return loss, -log_prob.mean(), path
 
 
 def measure(folder, k, obs, batches=8):
     """For the run's weights with K = k: COLUMNS, then the norms at x_0, ..., x_K."""
-    config = json.loads((folder / "config.json").read_text())["args"]
-    config["hidden"] = tuple(config["hidden"])
-    args = flow_sac.Args(**config)
-    nets = flow_sac.Networks(obs.shape[1], 6, args)
-    state = torch.load(folder / "checkpoint.pt", weights_only=True, map_location="cpu")
-    nets.load_state_dict(state["nets"])
-    generator, rows = torch.Generator().manual_seed(0), []
+    nets, _ = flow_sac.load(folder)
+    policy = nets.policy
+    generator = torch.Generator().manual_seed(0)
+    rows = []
     for part in obs.chunk(batches):
         noise = torch.randn(k + 1, len(part), 6, generator=generator)
-        batch = flow_sac.Batch(part, None, None, None, None)
         nets.zero_grad()
-        x0 = noise[0].requires_grad_()
-        loss, metrics, path = flow_sac.policy_loss(nets, batch, x0, noise[1:])
-        for x in path:
-            x.retain_grad()
+        loss, entropy, path = policy_loss(nets, part, noise[0], noise[1:])
         loss.backward()
-        norms = [
-            torch.nn.utils.get_total_norm([p.grad for p in module.parameters()])
-            for module in (nets.policy.velocity, nets.policy.log_sigma)
+        log_sigma = policy.log_sigma(policy.obs_norm(part), torch.full_like(part[:, :1], 0.5))
+        values = [
+            flow_sac.gradient_norm(policy.velocity),
+            flow_sac.gradient_norm(policy.log_sigma),
+            log_sigma.exp().mean(),
+            entropy,
+            nets.log_temperature.exp(),
         ]
-        obs_norm = nets.policy.eval().obs_norm(part)
-        log_sigma = nets.policy.log_sigma(obs_norm, torch.full_like(part[:, :1], 0.5))
-        norms += [log_sigma.exp().mean(), metrics["entropy"], nets.log_temperature.exp()]
-        rows.append([x.item() for x in norms] + [x.grad.norm().item() for x in path])
+        values += [x.grad.norm() for x in path]
+        rows.append([value.item() for value in values])
     return np.mean(rows, 0)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -11,6 +12,9 @@ from torch.distributions import Normal, TanhTransform
 
 import common
 import flow_sac
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------------- the marginal is preserved
 
@@ -77,11 +81,11 @@ def test_noise_preserves_the_distribution_and_without_drift_it_does_not(velocity
 # --------------------------------------------------------------------------- the path's log-density
 
 
-def make(obs_dim=5, action_dim=3, batch_size=16, **kwargs):
-    """Small networks in float64, a random batch and random draws."""
+def make(obs_dim=5, action_dim=3, batch_size=16, **settings):
+    """Small networks, a random batch and random draws, in float64: there no rounding shows."""
     torch.manual_seed(0)
-    sizes = {"hidden": (32, 32), "policy_width": 16, "batch_size": batch_size, **kwargs}
-    args = flow_sac.Args(**sizes)
+    sizes = dict(hidden=(32, 32), policy_width=16, batch_size=batch_size)
+    args = flow_sac.Args(**{**sizes, **settings})
     nets = flow_sac.Networks(obs_dim, action_dim, args).double()
     normal = lambda *shape: torch.randn(*shape, dtype=torch.float64)
     batch = flow_sac.Batch(
@@ -91,16 +95,24 @@ def make(obs_dim=5, action_dim=3, batch_size=16, **kwargs):
         masks=(normal(batch_size) > -0.5).double(),
         next_observations=normal(batch_size, obs_dim),
     )
-    draws = [normal(args.flow_steps + 1, batch_size, action_dim) for _ in range(2)]
-    draws = flow_sac.Draws(draws[0][0], draws[0][1:], draws[1][0], draws[1][1:])
+    next_noise = normal(args.flow_steps + 1, batch_size, action_dim)
+    noise = normal(args.flow_steps + 1, batch_size, action_dim)
+    draws = flow_sac.Draws(next_noise[0], next_noise[1:], noise[0], noise[1:])
     return args, nets, batch, draws
+
+
+def follow(policy, obs, x0, eps):
+    """The path that explore takes: [x_0, ..., x_K]."""
+    path, _ = flow_sac.rollout(policy.velocity, policy.log_sigma, policy.obs_norm(obs), x0, eps)
+    return path
 
 
 @pytest.mark.parametrize("policy", ["flow-t", "flow-g", "naive"])
 def test_log_density_of_the_path_against_torch_distributions(policy):
     args, nets, batch, draws = make(policy=policy, flow_steps=3)
     obs = batch.observations
-    actions, log_prob, path = flow_sac.explore(nets.policy, obs, draws.next_x0, draws.next_eps)
+    actions, log_prob = flow_sac.explore(nets.policy, obs, draws.next_x0, draws.next_eps)
+    path = follow(nets.policy, obs, draws.next_x0, draws.next_eps)
     expected = Normal(0, 1).log_prob(path[0]).sum(-1)
     obs = nets.policy.obs_norm(obs)
     for i in range(3):
@@ -143,20 +155,29 @@ def test_saturated_actions_have_finite_losses_and_a_gradient_that_leads_back():
         with torch.no_grad():
             nets.policy.velocity.mlp[-1].bias.fill_(sign * 100.0)  # tanh(u) is 1 in float32
         batch, draws = (type(x)(*(y.float() for y in x)) for x in (batch, draws))
-        x0, eps = draws.policy_x0, draws.policy_eps
-        actions, log_prob, path = flow_sac.explore(nets.policy, batch.observations, x0, eps)
+        # One step from x_0 ends at x_0 plus the bias; its log-density depends on x_0 in three ways:
+        # log N(x_0), nothing of the step, and tanh's, whose slope is 2 where tanh saturates.
+        x0 = torch.zeros_like(draws.policy_x0, requires_grad=True)
+        eps = draws.policy_eps[:1]
+        actions, log_prob = flow_sac.explore(nets.policy, batch.observations, x0, eps)
         assert (actions == sign).all() and log_prob.isfinite().all()
-        (gradient,) = torch.autograd.grad(log_prob.sum(), path[-1])
-        assert torch.allclose(gradient, torch.full_like(gradient, 2 * sign))
+        u = follow(nets.policy, batch.observations, x0, eps)[-1]
+        (slope,) = torch.autograd.grad(u.sum(), x0, retain_graph=True)
+        (gradient,) = torch.autograd.grad(log_prob.sum(), x0)
+        assert slope.abs().min() > 0.01
+        assert torch.allclose(gradient, 2 * sign * slope)
         for step in (flow_sac.update_critic, flow_sac.update_policy):
             metrics = step(nets, flow_sac.make_optimizers(nets, args), batch, draws, args)
             assert all(x.isfinite() for x in metrics.values())
         assert all(p.isfinite().all() for p in nets.parameters())
 
 
-def test_logged_gradients_are_those_of_the_loss():
+def test_gradients_by_the_points_of_the_path(monkeypatch):
     """Against a rollout written out here, in which one x_i at a time is shifted."""
-    args, nets, batch, draws = make(batch_size=4, flow_steps=3)
+    monkeypatch.syspath_prepend(ROOT / "results")
+    import flow_sac_gradients
+
+    _, nets, batch, draws = make(batch_size=4, flow_steps=3)
 
     def loss(i, shift):
         policy = nets.policy.train()
@@ -179,8 +200,20 @@ def test_logged_gradients_are_those_of_the_loss():
         (gradient,) = torch.autograd.grad(loss(i, shift), shift)
         expected.append(gradient.norm().item())
     _, nets, _, _ = make(batch_size=4, flow_steps=3)
+    inputs = batch.observations, draws.policy_x0, draws.policy_eps
+    found, entropy, path = flow_sac_gradients.policy_loss(nets, *inputs)
+    found.backward()
+    assert [x.grad.norm().item() for x in path] == pytest.approx(expected, rel=1e-8)
+    trained, metrics = flow_sac.policy_loss(nets, batch, draws.policy_x0, draws.policy_eps)
+    assert found.item() == pytest.approx(trained.item(), rel=1e-8)
+    assert entropy.item() == pytest.approx(metrics["entropy"].item(), rel=1e-8)
+
+
+def test_logged_gradient_norms_are_those_of_the_loss():
+    args, nets, batch, draws = make()
     metrics = flow_sac.update_policy(nets, flow_sac.make_optimizers(nets, args), batch, draws, args)
-    assert [metrics[f"grad_x{i}"].item() for i in range(4)] == pytest.approx(expected, rel=1e-8)
+    _, nets, _, _ = make()
+    flow_sac.policy_loss(nets, batch, draws.policy_x0, draws.policy_eps)[0].backward()
     for name, module in (("policy", nets.policy), ("velocity", nets.policy.velocity)):
         norm = torch.cat([p.grad.flatten() for p in module.parameters()]).norm()
         assert metrics[f"{name}_grad_norm"].item() == pytest.approx(norm.item(), rel=1e-8)
@@ -322,7 +355,7 @@ def test_crossq_loss_is_that_of_one_joint_forward_pass_in_numpy():
     linear = [m for m in nets.critic.mlp if isinstance(m, flow_sac.EnsembleLinear)]
     with torch.no_grad():  # a' and its log-density are those of the running statistics
         next_obs = batch.next_observations
-        next_actions, log_prob, _ = flow_sac.explore(
+        next_actions, log_prob = flow_sac.explore(
             nets.policy, next_obs, draws.next_x0, draws.next_eps
         )
     obs = np.concatenate([batch.observations, next_obs])
@@ -364,7 +397,7 @@ def test_sac_loss_is_that_of_the_target_critics_and_their_minimum():
         for parameter in nets.target_critic.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, dtype=torch.float64)
         inputs = batch.next_observations, draws.next_x0, draws.next_eps
-        next_actions, log_prob, _ = flow_sac.explore(nets.policy, *inputs)
+        next_actions, log_prob = flow_sac.explore(nets.policy, *inputs)
         next_q = nets.target_critic(batch.next_observations, next_actions).min(0).values
         target = batch.rewards + 0.99 * batch.masks * (next_q - 0.2 * log_prob)
         expected = ((nets.critic(batch.observations, batch.actions) - target) ** 2).mean()
@@ -447,15 +480,15 @@ def test_the_buffer_gets_true_last_observations_and_masks(tmp_path, monkeypatch,
         policy_width=8,
         eval_episodes=2,
     )
-    run = common.Run(tmp_path, "counter", {})
-    envs, eval_envs = (common.make_envs(Counter, n) for n in (num_envs, 2))
-    flow_sac.train(args, torch.device("cpu"), envs, eval_envs, run)
+    run = common.Run(tmp_path / "run", dict(script="flow_sac.py"))
+    envs, eval_envs = (flow_sac.make_envs(Counter, n) for n in (num_envs, 2))
+    flow_sac.train(args, envs, eval_envs, run, CPU)
     envs.close()
     eval_envs.close()
     obs, actions, rewards, masks, next_obs = (np.concatenate(c) for c in zip(*added))
     assert calls.count("update_critic") == (20 if num_envs == 1 else 21)  # from 40 or 42 on
     assert calls.count("update_policy") == 7
-    with open(run.path / "train.csv") as file:  # only the last one is due
+    with open(run.folder / "train.csv") as file:  # only the last one is due
         assert [row["step"] for row in csv.DictReader(file)] == ["60"]
     assert len(np.unique(actions[:40])) == 40 and abs(actions[:40].mean()) < 0.3  # uniform
     assert len(obs) == 60 and (rewards == 1).all() and (abs(actions) <= 1).all()
@@ -474,7 +507,7 @@ def test_other_autoreset_modes_are_refused(tmp_path, mode):
     )
     for pair in ((bad, good), (good, bad)):
         with pytest.raises(ValueError, match="SAME_STEP"):
-            flow_sac.train(flow_sac.Args(), torch.device("cpu"), *pair, None)
+            flow_sac.train(flow_sac.Args(), *pair, None, CPU)
 
 
 def test_the_buffer_keeps_the_last_transitions():
@@ -489,21 +522,22 @@ def test_the_buffer_keeps_the_last_transitions():
     assert torch.equal(batch.rewards, batch.next_observations[:, 1])
 
 
-def short_run(folder, **kwargs):
+def short_run(folder, **settings):
     """A real run on Pendulum; train.csv without its columns of time, eval.csv, the networks."""
     sizes = dict(hidden=(32, 32), policy_width=16, batch_size=32, eval_episodes=2)
     steps = dict(online_steps=300, learning_starts=200, eval_interval=150, log_interval=50)
-    args = flow_sac.Args(**{**sizes, **steps, **kwargs})
-    make_env = flow_sac.continuous_env(args.env)
-    envs, eval_envs = (common.make_envs(make_env, n) for n in (args.num_envs, 2))
-    run = common.Run(folder, "run", {})
-    nets = flow_sac.train(args, torch.device("cpu"), envs, eval_envs, run)
+    args = flow_sac.Args(**{**sizes, **steps, **settings})
+    make_env = lambda: flow_sac.make_env(args.env)
+    envs, eval_envs = (flow_sac.make_envs(make_env, n) for n in (args.num_envs, 2))
+    with common.Run(folder, dict(script="flow_sac.py", args=vars(args))) as run:
+        nets = flow_sac.train(args, envs, eval_envs, run, CPU)
     envs.close()
     eval_envs.close()
-    with open(run.path / "train.csv") as file:
+    with open(folder / "train.csv") as file:
         rows = list(csv.DictReader(file))
-    rows = [{k: v for k, v in row.items() if not k.startswith("time_")} for row in rows]
-    return rows, (run.path / "eval.csv").read_text(), nets, run
+    for row in rows:
+        row.pop("time_steps_per_s")
+    return rows, (folder / "eval.csv").read_text(), nets
 
 
 @pytest.mark.parametrize(
@@ -511,26 +545,27 @@ def short_run(folder, **kwargs):
     [
         dict(policy="flow-t", num_envs=2),
         dict(policy="flow-g", critic="sac"),
-        dict(policy="naive", env="HalfCheetah-v4", online_steps=250),
-        dict(policy="flow-t", env="online-ant-v0", online_steps=250, flow_steps=2),
+        dict(policy="naive", env="HalfCheetah-v4", online_steps=230, eval_interval=230),
+        dict(policy="flow-t", env="online-ant-v0", online_steps=230, eval_interval=230),
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_same_seed_same_curve(tmp_path, settings):
     one, two = (short_run(tmp_path / name, **settings, seed=3) for name in "ab")
-    assert one[0] == two[0] and one[1] == two[1]
+    rows, evaluations, nets = one
+    assert (rows, evaluations) == two[:2]
     if settings["policy"] == "flow-g":
         other = short_run(tmp_path / "c", **settings, seed=4)
-        assert one[0] != other[0] and one[1] != other[1]
-    rows = one[0]
-    assert len(rows) >= 1 and len(one[1].splitlines()) >= 3
-    steps = settings.get("flow_steps", 4)
-    assert f"grad_x{steps}" in rows[0] and f"grad_x{steps + 1}" not in rows[0]
+        assert rows != other[0] and evaluations != other[1]
+    evaluated = [line.split(",")[0] for line in evaluations.splitlines()]
+    end = str(settings.get("online_steps", 300))
+    assert evaluated == (["step", "150", "300"] if end == "300" else ["step", end])
+    assert rows[-1]["step"] == end
     values = [float(v) for row in rows for k, v in row.items() if k != "train_return"]
     assert np.isfinite(values).all()
-    state = torch.load(one[3].path / "checkpoint.pt", weights_only=True)
-    assert all(torch.equal(x, state["nets"][k]) for k, x in one[2].state_dict().items())
-    assert (one[3].path / "curve.png").stat().st_size > 10_000
+    state = torch.load(tmp_path / "a/checkpoint.pt", weights_only=True)
+    assert all(torch.equal(x, state["nets"][k]) for k, x in nets.state_dict().items())
+    assert (tmp_path / "a/curve.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
@@ -543,20 +578,5 @@ def test_same_seed_same_curve(tmp_path, settings):
 )
 def test_environments_that_do_not_fit_are_refused(env, words):
     with pytest.raises(common.UserError) as error:
-        flow_sac.continuous_env(env)
+        flow_sac.make_env(env)
     assert env in str(error.value) and words in str(error.value)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_computes_what_the_cpu_computes():
-    results = []
-    for device in ("cpu", "cuda"):
-        args, nets, batch, draws = make()
-        nets = nets.float().to(device)
-        batch, draws = (type(x)(*(y.float().to(device) for y in x)) for x in (batch, draws))
-        optimizers = flow_sac.make_optimizers(nets, args)
-        for _ in range(3):
-            metrics = flow_sac.update_critic(nets, optimizers, batch, draws, args)
-            metrics.update(flow_sac.update_policy(nets, optimizers, batch, draws, args))
-        results.append(torch.stack([x.cpu() for x in metrics.values()]))
-    assert torch.allclose(*results, rtol=1e-3, atol=1e-4)
