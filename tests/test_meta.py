@@ -1,0 +1,133 @@
+"""Updates on the meta device, which has shapes and no numbers: nothing there can be waited for.
+
+On a GPU, a number that Python reads (.item(), a condition, a boolean index) makes the loop wait,
+and a tensor left on the CPU is copied at each update. On meta the first is an error of torch, the
+second one of MetaOnly.
+"""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import common
+import flow_sac
+import fql
+import qflow
+
+
+class MetaOnly(TorchDispatchMode):
+    """Every tensor that an operation takes or returns is on meta; numbers (0-dim) may be on CPU."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        for x in tree_leaves((args, kwargs, result)):
+            if isinstance(x, torch.Tensor) and x.dim() > 0 and x.device.type != "meta":
+                raise AssertionError(f"{op}: a tensor of shape {tuple(x.shape)} on {x.device}")
+        return result
+
+
+class NoOptimizer:
+    """In place of Adam: fused, it does not exist on meta."""
+
+    def __init__(self, parameters):
+        self.parameters = list(parameters)
+        self.steps = 0
+
+    def zero_grad(self):
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def step(self):
+        self.steps += 1
+
+
+def assert_trained(module):
+    """Whether each parameter that is trained has a gradient, on meta like itself."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.is_meta, name
+
+
+@pytest.mark.parametrize("method", [qflow, fql])
+@pytest.mark.parametrize("settings", [dict(), dict(horizon=5, q_agg="min", normalize_q_loss=True)])
+def test_offline_updates(method, settings):
+    if method is qflow:
+        settings = {name: x for name, x in settings.items() if name != "normalize_q_loss"}
+    args = method.Args(hidden=(16, 16), flow_steps=3, batch_size=8, **settings)
+    valids = (np.arange(40) % 20 < 19).astype(np.float32)
+    dataset = common.Dataset(np.zeros((40, 4)), np.zeros((40, 3)), -valids, valids, valids)
+    for name, x in vars(dataset).items():
+        if isinstance(x, torch.Tensor):
+            setattr(dataset, name, x.to("meta"))
+    nets = method.Networks(4, 3 * args.horizon, args).to("meta")
+    optimizer = NoOptimizer(p for p in nets.parameters() if p.requires_grad)
+    generator = torch.Generator()  # there is none on meta; there, the CPU's serves
+    with MetaOnly():
+        batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
+        draws = method.draw(batch.actions, generator)
+        metrics = method.update(nets, optimizer, batch, draws, args)
+    assert batch.valid.shape == (8, args.horizon) and optimizer.steps == 1
+    assert all(x.is_meta for x in metrics.values())
+    assert_trained(nets)
+
+
+@pytest.mark.parametrize("policy", ["flow-t", "flow-g", "naive"])
+@pytest.mark.parametrize("critic", ["crossq", "sac"])
+def test_online_updates(policy, critic):
+    args = flow_sac.Args(policy=policy, critic=critic, hidden=(16, 16), policy_width=8)
+    nets = flow_sac.Networks(4, 3, args).to("meta")
+    modules = nets.critic.parameters(), nets.policy.parameters(), [nets.log_temperature]
+    optimizers = flow_sac.Optimizers(*(NoOptimizer(parameters) for parameters in modules))
+    sizes = dict(observations=(8, 4), actions=(8, 3), rewards=(8,), masks=(8,))
+    sizes["next_observations"] = (8, 4)
+    with MetaOnly():
+        batch = flow_sac.Batch(**{k: torch.zeros(v, device="meta") for k, v in sizes.items()})
+        draws = flow_sac.draw(batch.actions, args.flow_steps, torch.Generator())
+        metrics = flow_sac.update_critic(nets, optimizers, batch, draws, args)
+        metrics |= flow_sac.update_policy(nets, optimizers, batch, draws, args)
+    assert all(x.is_meta for x in metrics.values())
+    assert [optimizer.steps for optimizer in optimizers] == [1, 1, 1]
+    assert_trained(nets)
+
+
+def take(x):
+    return x[torch.tensor([0, 2, 1])]
+
+
+def take_in_backward(x):
+    x.requires_grad_().register_hook(take)
+    x.sum().backward()
+
+
+WAIT = {
+    "item": lambda x: x.sum().item(),
+    "condition": lambda x: 1 if x.sum() > 0 else 0,
+    "boolean index": lambda x: x[x > 0],
+    "copy": lambda x: x.cpu(),
+}
+ON_THE_CPU = {
+    "index": take,
+    "index in backward": take_in_backward,
+    "constant": lambda x: torch.zeros(3),
+    "draws": lambda x: torch.rand(3, 2),
+}
+
+
+@pytest.mark.parametrize("name", WAIT)
+def test_what_waits_for_the_device_is_an_error_of_torch(name):
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta|Meta"), MetaOnly():
+        WAIT[name](torch.zeros(3, device="meta"))
+
+
+@pytest.mark.parametrize("name", ON_THE_CPU)
+def test_what_stays_on_the_cpu_is_found(name):
+    ON_THE_CPU[name](torch.zeros(3, device="meta"))  # passes, unless it is looked for
+    with pytest.raises(AssertionError, match="on cpu"), MetaOnly():
+        ON_THE_CPU[name](torch.zeros(3, device="meta"))
+
+
+def test_a_number_on_the_cpu_is_no_mistake():
+    with MetaOnly():
+        assert (torch.tensor(2.0) * torch.zeros(3, device="meta") + 1).is_meta
