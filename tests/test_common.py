@@ -332,6 +332,12 @@ def test_files_that_are_damaged_or_something_else(collected, tmp_path):
         assert "not a zip" in load_error(path)
     path.write_bytes(whole[:2000] + bytes(400) + whole[2400:])
     load_error(path)
+    with np.load(collected) as file:
+        np.savez(path, **file)
+    whole = path.read_bytes()
+    somewhere = whole.index(b"actions.npy") + 2000  # among its numbers, which are not compressed
+    path.write_bytes(whole[:somewhere] + b"?" + whole[somewhere + 1 :])
+    assert "actions.npy is damaged" in load_error(path)
     np.save(tmp_path / "array.npy", np.zeros(3))
     load_error(tmp_path / "array.npy")
 
@@ -396,12 +402,13 @@ def test_sources_are_tried_in_order(collected, tmp_path, monkeypatch):
     assert collect.call_count == 1
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, step):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     common.write_file(path, b"new")
     assert path.read_bytes() == b"new"
-    monkeypatch.setattr(common.os, "fsync", Mock(side_effect=OSError(28, "No space left")))
+    monkeypatch.setattr(common.os, step, Mock(side_effect=OSError(28, "No space left")))
     with pytest.raises(common.UserError, match=f"{tmp_path}: cannot write there: .*No space left"):
         common.write_file(path, b"newer")
     assert path.read_bytes() == b"new"
