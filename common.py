@@ -452,7 +452,8 @@ def read_checkpoint(folder, script):
             state = dict(config=json.loads((Path(folder) / "config.json").read_text()))
         found = state["config"]["script"]
     except UNREADABLE as error:
-        raise UserError(f"{folder}: damaged, or not a run: {error}") from None
+        reason = str(error).partition("\n")[0]  # torch goes on for several lines
+        raise UserError(f"{folder}: damaged, or not a run: {reason}") from None
     if found != script:
         raise UserError(f"{folder}: a run of {found}, not of {script}")
     return state
@@ -474,7 +475,11 @@ def start_wandb(folder, config):
         import wandb
     except ImportError:
         raise UserError("--track: needs Weights & Biases: pip install wandb") from None
-    return wandb.init(name=folder.name, id=folder.name, dir=folder, config=config, resume="allow")
+    name = folder.name
+    try:
+        return wandb.init(name=name, id=name, dir=folder, config=config, resume="allow")
+    except wandb.errors.Error as error:
+        raise UserError(f"--track: {error}") from None
 
 
 class Run:

@@ -760,7 +760,9 @@ def train(args, envs, eval_envs, run, device):
             row = dict(step=step)
             for name, value in metrics.items():
                 row[name] = value.item()
-            row["train_return"] = np.mean(finished_returns) if finished_returns else math.nan
+            row["train_return"] = math.nan
+            if finished_returns:
+                row["train_return"] = sum(finished_returns) / len(finished_returns)
             seconds = time.perf_counter() - logged_time
             row["time_steps_per_s"] = round((step - logged_step) / seconds, 1)
             run.log("train.csv", row)
@@ -971,7 +973,10 @@ def evaluate_run(args, make_env, envs, device):
     if args.video:
         path = Path(args.evaluate) / "evaluation.gif"
         try:
-            with SeededReset(make_env(render_mode="rgb_array")) as env:
+            with (
+                common.disk_errors(path.parent),
+                SeededReset(make_env(render_mode="rgb_array")) as env,
+            ):
                 film(policy, env, args.seed, path)
         except mujoco.FatalError as error:
             hint = "without a display, set the environment variable MUJOCO_GL to egl or osmesa"

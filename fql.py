@@ -751,7 +751,10 @@ def evaluate_run(args, make_env, envs, device):
     if args.video:
         path = Path(args.evaluate) / "evaluation.gif"
         try:
-            with SeededReset(make_env(render_mode="rgb_array")) as env:
+            with (
+                common.disk_errors(path.parent),
+                SeededReset(make_env(render_mode="rgb_array")) as env,
+            ):
                 film(policy, env, args.seed, path)
         except mujoco.FatalError as error:
             hint = "without a display, set the environment variable MUJOCO_GL to egl or osmesa"

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import resource
 import runpy
 import shutil
 import subprocess
@@ -471,21 +470,6 @@ def test_a_mistake_inside_a_network_shows_its_traceback(finished, start, monkeyp
     monkeypatch.setattr(qflow, "Critic", Mock(side_effect=mistake))
     with pytest.raises(NameError, match="obs_dmi"):
         start("qflow", "--evaluate", finished)
-
-
-def test_too_much_memory_is_one_line(dataset_file, monkeypatch, capsys):
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (in_use + 2**31, hard))
-    try:
-        with pytest.raises(SystemExit) as exit:
-            words = ["--dataset", dataset_file, "--device", "cpu", "--eval-episodes", 1]
-            run_as_main("qflow", monkeypatch, *words, "--batch-size", 10**9)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    assert exit.value.code == 2
-    last_line = capsys.readouterr().err.splitlines()[-1]
-    assert last_line.startswith("qflow.py: error: ") and "allocate" in last_line
 
 
 @pytest.mark.parametrize(
