@@ -9,10 +9,9 @@ actions. This is not the official file: say so beside every number that comes fr
 A million transitions of antmaze-large took 208 s on two cores.
 """
 
-import io
+import math
 import multiprocessing
 import re
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,55 +49,62 @@ def expert(obs, direction, weights):
 
 
 def collect(job):
-    """Ten episodes (environment id, steps, seed), name -> rows."""
+    """Ten episodes (Gymnasium id, steps, seed) -> arrays of OGBench's layout."""
     env_id, steps, seed = job
     weights = dict(np.load(Path(__file__).with_name("ant_xy_sac.npz")))
     rng = np.random.default_rng(seed)
     np.random.seed(int(rng.integers(2**31)))  # OGBench's noise at the start of an episode
+
+    def pick(cells):
+        return tuple(cells[rng.integers(len(cells))])
+
     rows = []
     with gymnasium.make(env_id, terminate_at_goal=False, max_episode_steps=steps) as env:
         maze = env.unwrapped
-        free = maze.maze_map == 0
-        up, down, left, right = (np.roll(free, s, axis) for axis in (0, 1) for s in (1, -1))
-        goals = free & ~((up == down) & (left == right) & (up != left))
-        cells, goals = np.argwhere(free), np.argwhere(goals)
-        pick = lambda cells: tuple(cells[rng.integers(len(cells))])
+        cells, goals = common.goal_cells(maze.maze_map)
         env.reset(seed=int(rng.integers(2**31)))
         for _ in range(PART):
             task_info = dict(init_ij=pick(cells), goal_ij=pick(goals))
             obs, _ = env.reset(options=dict(task_info=task_info))
             for _ in range(steps):
-                xy = maze.get_xy()
-                direction = maze.get_oracle_subgoal(xy, maze.cur_goal_xy)[0] - xy
-                direction /= np.linalg.norm(direction) + 1e-6
+                subgoal, _ = maze.get_oracle_subgoal(maze.get_xy(), maze.cur_goal_xy)
+                direction = subgoal - maze.get_xy()
+                direction = direction / (np.linalg.norm(direction) + 1e-6)
                 action = expert(obs, direction, weights)
                 action = np.clip(action + rng.normal(0, 0.2, action.shape), -1, 1)
-                next_obs, _, _, done, info = env.step(action)
-                rows.append((obs, action, done, info["prev_qpos"], info["prev_qvel"]))
+                next_obs, _, _, truncated, info = env.step(action)
+                rows.append((obs, action, truncated, info["prev_qpos"], info["prev_qvel"]))
                 obs = next_obs
                 if info["success"]:
                     maze.set_goal(pick(goals))
-    names = "observations", "actions", "terminals", "qpos", "qvel"
-    return {k: np.array(column, np.float32) for k, column in zip(names, zip(*rows))}
+    observations, actions, terminals, qpos, qvel = zip(*rows)
+    return dict(
+        observations=np.array(observations, np.float32),
+        actions=np.array(actions, np.float32),
+        terminals=np.array(terminals, bool),
+        qpos=np.array(qpos, np.float32),
+        qvel=np.array(qvel, np.float32),
+    )
 
 
 def main():
     args = tyro.cli(Args, description=__doc__)
     if not re.fullmatch("antmaze-(medium|large|giant|teleport)-navigate-v0", args.name):
-        raise common.UserError(f"{args.name}: MAZE is medium, large, giant or teleport")
+        sys.exit(f"{args.name}: MAZE is medium, large, giant or teleport")
     steps = 2001 if "giant" in args.name else 1001
     env_id = args.name.replace("-navigate", "")
-    parts = max(1, -(-args.transitions // (PART * (steps - 1))))
-    jobs = [(env_id, steps, [args.seed, i]) for i in range(parts)]
-    with multiprocessing.Pool(None, common.quiet, (signal.SIG_DFL,)) as pool:
-        results = list(tqdm(pool.imap(collect, jobs), args.name, parts, unit=" parts"))
-    data = {k: np.concatenate([part[k] for part in results]) for k in results[0]}
-    data["terminals"] = data["terminals"].astype(bool)
-    text = f"collected by OGBench's protocol, {parts * PART} episodes, seed {args.seed}"
-    np.savez_compressed(file := io.BytesIO(), source=f"{text}; not the official file", **data)
+    num_parts = max(1, math.ceil(args.transitions / (PART * (steps - 1))))
+    jobs = [(env_id, steps, [args.seed, part]) for part in range(num_parts)]
+    with multiprocessing.Pool(None, common.leave_signals_to_main) as pool:
+        parts = list(tqdm(pool.imap(collect, jobs), args.name, num_parts, unit=" parts"))
+    data = {}
+    for key in parts[0]:
+        data[key] = np.concatenate([part[key] for part in parts])
+    source = f"collected by OGBench's protocol, {num_parts * PART} episodes, seed {args.seed}"
     args.out.mkdir(parents=True, exist_ok=True)
-    common.write(args.out / f"{args.name}.npz", file.getbuffer())
+    path = args.out / f"{args.name}.npz"
+    common.write_dataset(path, f"{source}; not the official file", data)
 
 
 if __name__ == "__main__":
-    common.cli(main)
+    main()

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import common
-import qflow
+import common  # noqa: E402
+import qflow  # noqa: E402
 
 NAMES = (
     "pointmaze-medium-navigate-v0 antmaze-large-navigate-v0 antmaze-giant-navigate-v0 "
@@ -33,7 +33,7 @@ def main():
     print("| --- | --- | --- | --- | --- | --- |")
     for name in sys.argv[1:] or NAMES:
         *_, env_id = common.resolve_task(name)
-        envs = common.make_envs(env_id, 25)
+        envs = qflow.make_envs(lambda env_id=env_id: gymnasium.make(env_id), 25)
         obs_dim = envs.single_observation_space.shape[0]
         action_dim = envs.single_action_space.shape[0]
         torch.manual_seed(0)
@@ -41,16 +41,18 @@ def main():
         obs, _ = envs.reset(seed=list(range(25)))
         start = time.perf_counter()
         for _ in range(200):
-            obs, x0 = torch.as_tensor(obs, dtype=torch.float32), torch.randn(25, action_dim)
+            obs = torch.as_tensor(obs, dtype=torch.float32)
+            x0 = torch.randn(25, action_dim)
             actions = qflow.sample_actions(nets, obs, x0, qflow.Args()).numpy()
-            obs, *_ = envs.step(actions)
+            obs, _, _, _, _ = envs.step(actions)
         length = gymnasium.spec(env_id).max_episode_steps
         seconds = (time.perf_counter() - start) / 200 * length * 2
         envs.close()
 
         n = 10_000
-        obs, flags = np.zeros((n, obs_dim)), np.arange(n) < n - 1
-        data = common.Dataset(obs, np.zeros((n, action_dim)), flags, flags, flags)
+        flags = np.arange(n) < n - 1
+        actions = np.zeros((n, action_dim))
+        data = common.Dataset(np.zeros((n, obs_dim)), actions, flags, flags, flags)
         size = sum(x.nbytes for x in vars(data).values() if isinstance(x, torch.Tensor)) / n / 1e3
         print(
             f"| {name.removesuffix('-v0')} | {obs_dim} | {action_dim} | {size:.2f} "
@@ -58,14 +60,16 @@ def main():
             flush=True,
         )
 
-    n, rng = 500 * 2001, np.random.default_rng(0)
+    n = 500 * 2001
+    rng = np.random.default_rng(0)
     sizes = dict(observations=29, actions=8, qpos=15, qvel=14)
     arrays = {k: rng.uniform(-1, 1, (n, size)).astype(np.float32) for k, size in sizes.items()}
     with tempfile.NamedTemporaryFile(suffix=".npz") as file:
         np.savez_compressed(file, terminals=np.arange(n) % 2001 == 2000, **arrays)
         file.flush()
         start = time.perf_counter()
-        common.load_dataset(file.name, common.resolve_task(NAMES[2])[2], "cpu")
+        *_, env_id = common.resolve_task("antmaze-giant-navigate-v0")
+        common.load_dataset(file.name, env_id, "cpu")
         print(f"loading 1M transitions: {time.perf_counter() - start:.1f} s")
 
 

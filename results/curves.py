@@ -16,8 +16,10 @@ def main(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path, column: str
     axes = figure.subplots()
     for folder in folders:
         if (folder / "eval.csv").is_file():
-            rows = list(csv.DictReader((folder / "eval.csv").open()))
-            steps, values = ([float(row[name]) for row in rows] for name in ("step", column))
+            with open(folder / "eval.csv") as file:
+                rows = list(csv.DictReader(file))
+            steps = [float(row["step"]) for row in rows]
+            values = [float(row[column]) for row in rows]
             axes.plot(steps, values, ".-", label=folder.name)
     axes.set(xlabel="step", ylabel=column)
     axes.legend()

@@ -11,7 +11,6 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import common  # noqa: E402
 import flow_sac  # noqa: E402
 
 
@@ -19,21 +18,31 @@ def main(folder: tyro.conf.Positional[Path], episodes: int = 50):
     """folder: a run of flow_sac.py; episodes: for each of the three."""
     torch.set_num_threads(1)
     nets, args = flow_sac.load(folder)
-    env = common.SeededReset(flow_sac.continuous_env(args.env)())
+    env = flow_sac.SeededReset(flow_sac.make_env(args.env))
 
-    def plain(obs, x0, eps):  # Euler steps of v alone
-        obs, x, k = nets.policy.obs_norm(obs), x0, args.flow_steps
-        for i in range(k):
-            x = x + nets.policy.velocity(obs, x, torch.full_like(x[:, :1], i / k)) / k
+    def as_trained(obs, x0, eps):
+        actions, _ = flow_sac.explore(nets.policy, obs, x0, eps)
+        return actions
+
+    def as_evaluated(obs, x0, eps):
+        return flow_sac.sample_actions(nets, obs, x0, args)
+
+    def neither(obs, x0, eps):  # Euler steps of v alone
+        obs = nets.policy.obs_norm(obs)
+        x = x0
+        for i in range(args.flow_steps):
+            t = torch.full_like(x[:, :1], i / args.flow_steps)
+            x = x + nets.policy.velocity(obs, x, t) / args.flow_steps
         return x.tanh()
 
     policies = {
-        "noise and drift (as trained)": lambda *inputs: flow_sac.explore(nets.policy, *inputs)[0],
-        "drift (as evaluated)": lambda obs, x0, eps: flow_sac.sample_actions(nets, obs, x0, args),
-        "neither": plain,
+        "noise and drift (as trained)": as_trained,
+        "drift (as evaluated)": as_evaluated,
+        "neither": neither,
     }
     for name, policy in policies.items():
-        generator, returns = torch.Generator().manual_seed(0), []
+        generator = torch.Generator().manual_seed(0)
+        returns = []
         for episode in range(episodes):
             obs, _ = env.reset(seed=episode)
             returns.append(0.0)
@@ -42,8 +51,8 @@ def main(folder: tyro.conf.Positional[Path], episodes: int = 50):
                 shape = args.flow_steps + 1, 1, *env.action_space.shape
                 noise = torch.randn(shape, generator=generator)
                 with torch.no_grad():
-                    inputs = torch.as_tensor(obs, dtype=torch.float32)[None], noise[0], noise[1:]
-                    action = policy(*inputs)[0].numpy()
+                    inputs = torch.as_tensor(obs, dtype=torch.float32)[None]
+                    action = policy(inputs, noise[0], noise[1:])[0].numpy()
                 obs, reward, terminated, truncated, _ = env.step(action)
                 returns[-1] += reward
                 done = terminated or truncated

@@ -17,8 +17,10 @@ root = Path(__file__).parent.parent
 process = subprocess.Popen(
     [sys.executable, root / script, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
 )
-folder, page = Path(f"/proc/{process.pid}"), os.sysconf("SC_PAGESIZE")
-start, next_time = time.perf_counter(), 10
+folder = Path(f"/proc/{process.pid}")
+page = os.sysconf("SC_PAGESIZE")
+start = time.perf_counter()
+next_time = 10
 print("seconds,resident_mb,open_files", flush=True)
 while process.poll() is None:
     time.sleep(0.1)

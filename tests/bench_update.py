@@ -11,7 +11,6 @@ import importlib
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
+import qflow  # noqa: E402
 
 
 @dataclass
@@ -42,8 +42,6 @@ class Args:
     """torch threads"""
     compile: bool = False
     """as in the scripts"""
-    per_graph: int = 10
-    """with --compile on CUDA: updates in one CUDA graph"""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
     """as in the scripts"""
     seconds: float = 10.0
@@ -66,11 +64,16 @@ class RecordProducts(TorchDispatchMode):
 
 def milliseconds(function, seconds, device, burn_in):
     """Median, 10th and 90th percentile of the time of a call; on CUDA of means over 20 calls."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
     calls = 20 if device.type == "cuda" else 1  # per reading of the clock
     for _ in range(burn_in):
         function()
-    times, end = [], time.perf_counter() + seconds
+    times = []
+    end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < 10:
         wait()
         start = time.perf_counter()
@@ -83,51 +86,53 @@ def milliseconds(function, seconds, device, burn_in):
 
 
 def main():
-    args = tyro.cli(Args, description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    args = tyro.cli(Args, description=__doc__)
     method = importlib.import_module(args.method)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    device = common.pick_device(args.device, args.matmul_precision)
+    device = qflow.choose_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
+    qflow.set_matmul_precision(args.matmul_precision, device)
     settings = method.Args(
         hidden=(args.hidden,) * 4, batch_size=args.batch_size, flow_steps=args.flow_steps
     )
     nets = method.Networks(29, 8, settings).to(device)
     optimizer = method.make_optimizer(nets, settings)
-    loss, generator = method.total_loss, torch.Generator(device)
+    generator = torch.Generator(device)
     n = args.batch_size
     obs, next_obs = torch.randn(2, n, 29, device=device)
     actions = torch.rand(n, 8, device=device) * 2 - 1
     ones = torch.ones(n, device=device)
     batch = common.Batch(obs, actions, -ones, ones, next_obs, ones[:, None])
 
-    def update():
+    def update_with(loss):
         draws = method.draw(batch.actions, generator)
         return method.update(nets, optimizer, batch, draws, settings, loss)
 
-    captured = args.compile and device.type == "cuda"
-    per_call = args.per_graph if captured else 1
-
-    def updates():
-        for _ in range(per_call):
-            metrics = update()
-        return metrics
-
+    loss = method.total_loss
     if args.compile:
         loss = torch.compile(method.total_loss, fullgraph=True)
-    timed = method.capture(updates, generator) if captured else updates
-    start = time.perf_counter()
-    timed()["critic_loss"].item()  # waits for it
-    first = time.perf_counter() - start
-    times = milliseconds(timed, args.seconds, device, burn_in=20)
-    median, low, high = (x / per_call for x in times)
-    if device.type == "cuda":
-        name, memory = torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device)
-    else:
-        name, memory = "cpu", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    loss = method.total_loss
+    def update():
+        return update_with(loss)
+
+    captures = args.compile and device.type == "cuda"
+    if captures:
+        update = method.CUDAGraph(update, generator)
+    start = time.perf_counter()
+    update()["critic_loss"].item()  # waits for it
+    first = time.perf_counter() - start
+    median, low, high = milliseconds(update, args.seconds, device, burn_in=20)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        memory = torch.cuda.max_memory_allocated(device)
+    else:
+        name = "cpu"
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
     with RecordProducts() as record:
-        update()
+        update_with(method.total_loss)
     flop = sum(2 * a.numel() * b.shape[-1] for a, b in record.operands)
     outs = [torch.matmul(a, b) for a, b in record.operands]
 
@@ -136,10 +141,9 @@ def main():
         for (a, b), out in zip(record.operands, outs):
             torch.matmul(a, b, out=out)
 
-    timed = method.capture(products, generator) if captured else products
-    floor, *_ = milliseconds(timed, args.seconds, device, burn_in=5)
-    git = "git describe --always --abbrev=40 --dirty=+ --exclude *".split()
-    options = dict(cwd=Path(__file__).parent, capture_output=True, text=True)
+    if captures:
+        products = method.CUDAGraph(products, generator)
+    floor, _, _ = milliseconds(products, args.seconds, device, burn_in=5)
     result = dict(
         **vars(args),
         updates_per_s=round(1000 / median, 1),
@@ -153,7 +157,7 @@ def main():
         peak_memory_mb=round(memory / 1e6),
         device_name=name,
         torch=torch.__version__,
-        commit=subprocess.run(git, **options).stdout.strip() or None,
+        commit=common.git_commit(),
     )
     print(json.dumps(result))
 

@@ -1,81 +1,164 @@
-"""An update as it is written, compiled, and as a CUDA graph: the same 50 updates."""
+"""On a GPU: the same updates as on the CPU, compiled, as a CUDA graph; and nothing waits for it."""
 
+import copy
 from contextlib import closing
 
 import gymnasium
 import numpy as np
 import pytest
+import test_flow_sac
+import test_fql
+import test_qflow
 import torch
 
 import common
+import flow_sac
 import fql
 import qflow
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
+def random_dataset(obs_dim, action_dim, n=1000):
+    """Ten episodes of random numbers, on the GPU."""
+    rng = np.random.default_rng(0)
+    valids = (np.arange(n) % 100 < 99).astype(np.float32)
+    return common.Dataset(
+        observations=rng.normal(size=(n, obs_dim)),
+        actions=rng.uniform(-1, 1, (n, action_dim)),
+        rewards=-valids,
+        masks=valids,
+        valids=valids,
+        device="cuda",
+    )
+
+
+def flat(nets):
+    """All parameters as one vector on the CPU."""
+    return torch.cat([p.detach().flatten() for p in nets.parameters()]).cpu()
+
+
+@pytest.fixture(autouse=True)
+def float32_products():
+    """TF32 would round the products of matrices to three digits."""
+    qflow.set_matmul_precision("highest", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("method, make", [(qflow, test_qflow.make), (fql, test_fql.make)])
+def test_offline_updates_are_those_of_the_cpu_and_never_wait(method, make):
+    results = []
+    for device in ("cpu", "cuda"):
+        args, nets, batch, draws = make(batch_size=64)
+        nets.to(device)
+        batch = common.Batch(*(x.to(device) for x in batch))
+        draws = method.Draws(*(x.to(device) for x in draws))
+        optimizer = method.make_optimizer(nets, args)
+        for _ in range(3):
+            method.update(nets, optimizer, batch, draws, args)
+        results.append(flat(nets))
+    assert torch.allclose(*results, rtol=1e-6, atol=1e-8)  # in float64
+
+    dataset = random_dataset(4, 3)
+    nets = copy.deepcopy(nets).float()
+    optimizer = method.make_optimizer(nets, args)
+    generator = torch.Generator("cuda")
+
+    def sample_and_update():
+        batch = dataset.sample(64, 1, 0.99, generator)
+        draws = method.draw(batch.actions, generator)
+        return method.update(nets, optimizer, batch, draws, args)
+
+    sample_and_update()  # at first, the libraries are loaded and Adam's state is made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sample_and_update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_online_updates_are_those_of_the_cpu():
+    results = []
+    for device in ("cpu", "cuda"):
+        args, nets, batch, draws = test_flow_sac.make()
+        nets.to(device)
+        batch = flow_sac.Batch(*(x.to(device) for x in batch))
+        draws = flow_sac.Draws(*(x.to(device) for x in draws))
+        optimizers = flow_sac.make_optimizers(nets, args)
+        for _ in range(3):
+            metrics = flow_sac.update_critic(nets, optimizers, batch, draws, args)
+            metrics.update(flow_sac.update_policy(nets, optimizers, batch, draws, args))
+        results.append(torch.stack([x.cpu() for x in metrics.values()]))
+    assert torch.allclose(*results, rtol=1e-6, atol=1e-8)  # in float64
+
+
 @pytest.mark.parametrize("method", [qflow, fql])
 def test_compiled_and_captured_updates_are_the_plain_ones(method):
-    rng, n = np.random.default_rng(0), 1000
-    obs, actions = rng.normal(size=(n, 4)), rng.uniform(-1, 1, (n, 3))
-    valids = (np.arange(n) % 100 < 99).astype(np.float32)
-    dataset = common.Dataset(obs, actions, -valids, valids, valids, device="cuda")
-    common.pick_device("cuda", "highest")
+    dataset = random_dataset(4, 3)
     args = method.Args(hidden=(64, 64), horizon=2, batch_size=64)
 
-    def run(compiled, per_graph=0):
+    def fifty_updates(compiles, captures):
+        """The metrics (50, M) and the parameters after them."""
         torch.manual_seed(0)
         nets = method.Networks(4, 6, args).cuda()
         optimizer = method.make_optimizer(nets, args)
         generator = torch.Generator("cuda").manual_seed(0)
-        loss = torch.compile(method.total_loss, fullgraph=True) if compiled else method.total_loss
+        loss = method.total_loss
+        if compiles:
+            loss = torch.compile(method.total_loss, fullgraph=True)
 
-        def updates():
-            for _ in range(per_graph or 1):
-                batch = dataset.sample(64, 2, 0.99, generator)
-                draws = method.draw(batch.actions, generator)
-                metrics = method.update(nets, optimizer, batch, draws, args, loss)
-            return metrics
+        def sample_and_update():
+            batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
+            draws = method.draw(batch.actions, generator)
+            return method.update(nets, optimizer, batch, draws, args, loss)
 
-        updates = method.capture(updates, generator) if per_graph else updates
-        calls = range(50 // (per_graph or 1))
-        losses = [torch.stack(list(updates().values())).cpu() for _ in calls]
-        return torch.stack(losses), torch.cat([p.flatten() for p in nets.parameters()]).cpu()
+        if captures:
+            sample_and_update = method.CUDAGraph(sample_and_update, generator)
+        metrics = []
+        for _ in range(50):
+            metrics.append(torch.stack(list(sample_and_update().values())).cpu())
+        return torch.stack(metrics), flat(nets)
 
-    losses, parameters = run(False)
-    for compiled, per_graph in ((True, 0), (False, 1), (True, 1), (False, 5), (True, 5)):
-        found = run(compiled, per_graph)
-        every = max(per_graph, 1)
-        assert torch.allclose(losses[every - 1 :: every], found[0], rtol=1e-3, atol=1e-4)
+    metrics, parameters = fifty_updates(compiles=False, captures=False)
+    for compiles, captures in ((True, False), (False, True), (True, True)):
+        found = fifty_updates(compiles, captures)
+        assert torch.allclose(metrics, found[0], rtol=1e-3, atol=1e-4)
         assert torch.allclose(parameters, found[1], rtol=1e-3, atol=1e-4)
-    assert not torch.equal(losses[3], losses[49])  # each update has draws of its own
+    assert not torch.equal(metrics[3], metrics[49])  # each update has draws of its own
 
 
 @pytest.mark.parametrize("method", [qflow, fql])
 def test_a_captured_run_evaluates_and_goes_on_where_it_stopped(method, tmp_path):
-    rng, n = np.random.default_rng(0), 1000
-    obs, actions = rng.normal(size=(n, 3)), rng.uniform(-1, 1, (n, 1))
-    valids = (np.arange(n) % 100 < 99).astype(np.float32)
-    dataset = common.Dataset(obs, actions, -valids, valids, valids, device="cuda")
-    common.pick_device("cuda", "highest")
-    settings = dict(hidden=(64, 64), batch_size=64, eval_episodes=2, log_interval=10)
-    pendulum = lambda: gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1.0, 1.0)
+    dataset = random_dataset(3, 1)
 
-    def train(name, steps, compile, resume=None):
-        args = method.Args(offline_steps=steps, eval_interval=50, compile=compile, **settings)
-        envs = common.make_envs(pendulum, 2)
-        with closing(envs), common.Run(tmp_path, name, {}, resume) as run:
+    def pendulum():
+        return gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1.0, 1.0)
+
+    def train(name, steps, compiles, resume=False):
+        args = method.Args(
+            offline_steps=steps,
+            eval_interval=50,
+            eval_episodes=2,
+            log_interval=10,
+            hidden=(64, 64),
+            batch_size=64,
+            compile=compiles,
+        )
+        config = dict(script=f"{method.__name__}.py", args=vars(args), device="cuda")
+        with (
+            closing(method.make_envs(pendulum, 2)) as envs,
+            common.Run(tmp_path / name, config, resume) as run,
+        ):
             nets = method.train(args, dataset, envs, run)
-        return run, torch.cat([p.flatten() for p in nets.parameters()]).cpu()
+        return run, flat(nets)
 
-    plain = train("plain", 100, compile=False)
-    whole = train("whole", 100, compile=True)
-    half, _ = train("half", 50, compile=True)
-    resumed = train("half", 100, compile=True, resume=half.path)
+    plain, expected_parameters = train("plain", 100, compiles=False)
+    whole = train("whole", 100, compiles=True)
+    train("half", 50, compiles=True)
+    resumed = train("half", 100, compiles=True, resume=True)
     for run, parameters in (whole, resumed):
-        assert torch.allclose(parameters, plain[1], rtol=1e-3, atol=1e-4)
+        assert torch.allclose(parameters, expected_parameters, rtol=1e-3, atol=1e-4)
         for name in ("train.csv", "eval.csv"):
-            for row, expected in zip(run.rows[name], plain[0].rows[name], strict=True):
-                expected.pop("time_updates_per_s", None)
+            for row, expected in zip(run.rows[name], plain.rows[name], strict=True):
+                expected = {k: x for k, x in expected.items() if not k.startswith("time_")}
                 found = {k: row[k] for k in expected}
                 assert found == pytest.approx(expected, rel=0.05, abs=0.01, nan_ok=True)
