@@ -1,14 +1,20 @@
-"""Runs that are stopped, killed, or cannot write, and go on: real processes."""
+"""Runs that are stopped, killed, or cannot write, and go on.
 
+What has to die is a process of its own. The rest calls main() here, which spares the imports.
+"""
+
+import json
+import math
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio
 import numpy as np
@@ -21,30 +27,57 @@ import fql
 import qflow
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--hidden 16 16 --batch-size 16 --log-interval 7 --eval-episodes 3 --seed 3"
-OFFLINE = f"--offline-steps 120 --eval-interval 30 --horizon 2 {SMALL}".split()
-ONLINE = f"--online-steps 900 --eval-interval 150 --learning-starts 150 {SMALL}".split()
-RUNS = {
-    "qflow.py": [*OFFLINE, "--time-dim", "4"],
-    "fql.py": OFFLINE,
-    "flow_sac.py": [*ONLINE, *"--env Hopper-v5 --num-envs 2 --policy-width 8".split()],
-}
+NAME = "pointmaze-medium-navigate-v0"
+SMALL = "--device cpu --hidden 16 16 --batch-size 16 --eval-episodes 2 --seed 3"
+OFFLINE = f"{SMALL} --offline-steps 60 --eval-interval 30 --log-interval 7 --horizon 2".split()
+ONLINE = f"""{SMALL} --online-steps 400 --eval-interval 100 --log-interval 25 --learning-starts 50
+    --env Hopper-v5 --num-envs 2 --policy-width 8""".split()
+RUNS = {"qflow": [*OFFLINE, "--time-dim", "4"], "fql": OFFLINE, "flow_sac": ONLINE}
+MODULES = {"qflow": qflow, "fql": fql, "flow_sac": flow_sac}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A home with a small dataset in the place of the collected one."""
     home = tmp_path_factory.mktemp("home")
-    name = "pointmaze-medium-navigate-v0"
-    path = home / ".ogbench/collected" / f"{name}.npz"
+    path = home / ".ogbench/collected" / f"{NAME}.npz"
     path.parent.mkdir(parents=True)
-    common.collect_pointmaze(name, path, episodes=2, workers=1)
+    common.collect_pointmaze(NAME, path, num_episodes=2, workers=1)
     return home
 
 
+@pytest.fixture(scope="module")
+def call(home):
+    """A function that runs a script's main with these flags, here."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HOME", str(home))
+
+    def call(script, *flags):
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+        try:
+            MODULES[script].main()
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+    yield call
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def whole(call, tmp_path_factory):
+    """Script -> folder of a run that was never interrupted."""
+    folders = {}
+    for script, flags in RUNS.items():
+        root = tmp_path_factory.mktemp("whole")
+        call(script, *flags, "--run-dir", root)
+        (folders[script],) = root.iterdir()
+    return folders
+
+
 def start(home, script, *flags, **options):
+    """The script as a process, in a group of its own."""
     return subprocess.Popen(
-        [sys.executable, str(ROOT / script), *map(str, flags)],
+        [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)],
         cwd=home,
         env={**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -55,10 +88,10 @@ def start(home, script, *flags, **options):
     )
 
 
-def finish(process):
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 0, err
-    return out
+def wait_for(process, condition):
+    """Wait until condition() holds or the process has ended."""
+    while not condition() and process.poll() is None:
+        time.sleep(0.01)
 
 
 def rows(folder, name):
@@ -68,117 +101,237 @@ def rows(folder, name):
     return [[line[i] for i in kept] for line in lines]
 
 
-def last_row_at(folder):
-    """When the last row of train.csv was written; None while a run that goes on begins it anew."""
-    with suppress(FileNotFoundError):
-        return (folder / "train.csv").stat().st_mtime_ns
+def read(folder):
+    """What checkpoint.pt holds."""
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
-@pytest.fixture(scope="module")
-def whole(home, tmp_path_factory):
-    """Script -> folder of a run that was never interrupted."""
-    folders = {}
-    for script, flags in RUNS.items():
-        root = tmp_path_factory.mktemp("whole")
-        finish(start(home, script, *flags, "--run-dir", root))
-        (folders[script],) = root.iterdir()
-    return folders
+def assert_same_nets(folder, other):
+    nets = read(other)["nets"]
+    found = read(folder)["nets"]
+    assert found.keys() == nets.keys()
+    for name, tensor in nets.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def assert_same_run(folder, other):
+    """The same rows, networks and random numbers to come, bit for bit."""
+    for name in ("train.csv", "eval.csv"):
+        assert rows(folder, name) == rows(other, name), name
+    assert_same_nets(folder, other)
+    state, expected = read(folder), read(other)
+    assert state["step"] == expected["step"]
+    assert torch.equal(state["generator"], expected["generator"])
+    assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
+
+
+class Stopped(BaseException):
+    """As KeyboardInterrupt is: not an Exception. Nothing in the scripts catches it."""
+
+
+def stop_after_save(patch, number=1):
+    """The number-th checkpoint from now on is the last thing that a run does."""
+    save = common.Run.save
+    calls = []
+
+    def save_and_stop(self, **state):
+        save(self, **state)
+        calls.append(state["step"])
+        if len(calls) == number:
+            raise Stopped
+
+    patch.setattr(common.Run, "save", save_and_stop)
+
+
+# --------------------------------------------------------------------------------------- killed
 
 
 @pytest.mark.parametrize(
     "script, signals",
-    [
-        ("qflow.py", (signal.SIGKILL, signal.SIGTERM)),
-        ("fql.py", (signal.SIGINT, signal.SIGKILL)),
-        ("flow_sac.py", (signal.SIGKILL, signal.SIGINT, signal.SIGKILL)),
-    ],
+    [("qflow", (signal.SIGKILL, signal.SIGTERM)), ("fql", (signal.SIGINT, signal.SIGKILL))],
 )
 def test_killed_again_and_again_it_computes_the_same(script, signals, home, whole, tmp_path):
     rng = np.random.default_rng()  # another moment each time: any must do
     process = start(home, script, *RUNS[script], "--run-dir", tmp_path)
-    while not list(tmp_path.glob("*/checkpoint.pt")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.01)
+    wait_for(process, lambda: list(tmp_path.glob("*/config.json")))
     (folder,) = tmp_path.iterdir()
-    moments = []
     for number in signals:
-        time.sleep(rng.uniform(0, 0.7))
+        moment = rng.uniform(0, 1.5)
+        time.sleep(moment)
         # a terminal's Ctrl-C and a cluster's SIGTERM reach the environments' processes too
-        (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
+        os.killpg(process.pid, number)
         out, err = process.communicate(timeout=100)
+        has_checkpoint = (folder / "checkpoint.pt").exists()
+        print(f"signal {number} after {moment} s, checkpoint: {has_checkpoint}")
         if number != signal.SIGKILL and "mean of the last" not in out:
-            assert process.returncode == 130 and err.endswith("\ninterrupted\n"), err
-            assert f"--resume {folder}" in err and "Traceback" not in err, err
-        moments.append(torch.load(folder / "checkpoint.pt", weights_only=True)["step"])
-        before = last_row_at(folder)
+            assert process.returncode == 130 and err.endswith("interrupted\n"), err
+            assert "Traceback" not in err, err
+            assert f"--resume {folder} " not in err or has_checkpoint
+        written = (folder / "config.json").stat().st_mtime_ns
         process = start(home, script, "--resume", folder)
-        while last_row_at(folder) in (None, before) and process.poll() is None:
-            time.sleep(0.01)
-    finish(process)
-    for name in ("train.csv", "eval.csv"):
-        assert rows(folder, name) == rows(whole[script], name), (name, moments)
-    state, expected = (
-        torch.load(f / "checkpoint.pt", weights_only=True) for f in (folder, whole[script])
-    )
-    assert state["step"] == expected["step"]
-    assert torch.equal(state["generator"], expected["generator"])
-    for name, value in expected["nets"].items():
-        assert torch.equal(state["nets"][name], value), name
-    assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
+        wait_for(process, lambda t=written: (folder / "config.json").stat().st_mtime_ns != t)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert_same_run(folder, whole[script])
 
 
-def test_a_checkpoint_every_five_minutes_whatever_the_interval(home, whole, tmp_path):
-    hasty = """if True:
-        import itertools, os, sys, time
-        time.perf_counter = itertools.count(0, 23).__next__
-        import common, qflow
-        save = common.Run.save
-        common.Run.save = lambda *args, **values: (save(*args, **values), os._exit(9))
-        sys.argv[0] = "qflow.py"
-        common.cli(qflow.main)
-    """
-    words = sys.executable, "-c", hasty, *RUNS["qflow.py"], "--run-dir", str(tmp_path)
-    path = {"HOME": str(home), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.run(words, env={**os.environ, **path}, capture_output=True, timeout=100)
-    assert process.returncode == 9, process.stderr
+def test_a_killed_online_run_goes_on_with_its_weights_counts_and_buffer(home, call, tmp_path):
+    process = start(home, "flow_sac", *RUNS["flow_sac"], "--run-dir", tmp_path)
+    wait_for(process, lambda: list(tmp_path.glob("*/checkpoint.pt")))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=100)
     (folder,) = tmp_path.iterdir()
-    step = torch.load(folder / "checkpoint.pt", weights_only=True)["step"]
-    assert 7 < step < 300 / 23 and not (folder / "eval.csv").exists()
-    out = finish(start(home, "qflow.py", "--resume", folder, "--offline-steps", step))
+    before = read(folder)
+    step = before["step"]
+    assert step in (100, 200, 300) and before["num_updates"] == step - 50
+    assert before["buffer"]["count"] == len(before["buffer"]["rows"]) == step
+    kept = {name: rows(folder, name) for name in ("train.csv", "eval.csv")}
+    call("flow_sac", "--resume", folder)
+    after = read(folder)
+    assert after["step"] == 400 and after["num_updates"] == 350
+    assert after["buffer"]["count"] == 400
+    assert torch.equal(after["buffer"]["rows"][:step], before["buffer"]["rows"])
+    for name, interval in (("train.csv", 25), ("eval.csv", 100)):
+        found = rows(folder, name)
+        logged = [row for row in kept[name][1:] if int(row[0]) <= step]
+        assert logged and found[1 : 1 + len(logged)] == logged
+        steps = [int(row[0]) for row in found[1:]]
+        assert steps == sorted(set(steps)) and steps[-1] == 400
+        assert np.diff(steps).max() <= interval + 1  # two steps at a time
+    assert not torch.equal(after["generator"], before["generator"])
+
+
+@pytest.mark.parametrize("script", ["fql", "flow_sac"])
+def test_stopped_before_its_first_checkpoint_it_begins_anew(script, call, whole, tmp_path):
+    def stop(self, **state):
+        raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(common.Run, "save", stop)
+        call(script, *RUNS[script], "--run-dir", tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert not (folder / "checkpoint.pt").exists() and len(rows(folder, "eval.csv")) == 2
+    call(script, "--resume", folder)
+    assert_same_run(folder, whole[script])
+
+
+# ---------------------------------------------------------------------------- when it is saved
+
+
+def test_a_checkpoint_every_five_minutes_whatever_the_interval(call, whole, tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        minutes = iter(range(1000))
+        clock = SimpleNamespace(perf_counter=lambda: 60 * next(minutes))  # one at each look
+        patch.setattr(common, "time", clock)
+        stop_after_save(patch)
+        call("qflow", *RUNS["qflow"], "--run-dir", tmp_path)
+    (folder,) = tmp_path.iterdir()
+    step = read(folder)["step"]
+    assert step == 6 and not (folder / "eval.csv").exists()
+    assert f"--resume {folder} " in capsys.readouterr().err
+    call("qflow", "--resume", folder, "--offline-steps", step)
+    out = capsys.readouterr().out
     assert "mean of the last 0 evaluations" in out and "nan" not in out
-    finish(start(home, "qflow.py", "--resume", folder, "--offline-steps", 120))
-    for name in ("train.csv", "eval.csv"):
-        assert rows(folder, name) == rows(whole["qflow.py"], name), name
+    call("qflow", "--resume", folder, "--offline-steps", 60)
+    assert_same_run(folder, whole["qflow"])
 
 
-@pytest.mark.parametrize("script", RUNS)
-def test_steps_may_be_added_and_intervals_changed(script, home, whole, tmp_path):
+def test_an_online_checkpoint_comes_in_the_middle_of_an_episode(call, tmp_path):
+    flags = """--env HalfCheetah-v5 --online-steps 60 --learning-starts 10 --eval-interval 60
+        --num-envs 1 --policy-width 8""".split()  # its episodes have 1000 steps
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        minutes = iter(range(1000))
+        patch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: 60 * next(minutes)))
+        stop_after_save(patch, number=3)
+        call("flow_sac", *SMALL.split(), *flags, "--run-dir", tmp_path)
+    (folder,) = tmp_path.iterdir()
+    state = read(folder)
+    assert 15 <= state["step"] <= 21 and not (folder / "eval.csv").exists()
+    assert state["buffer"]["count"] == state["step"]
+    call("flow_sac", "--resume", folder, "--online-steps", 30)
+    assert read(folder)["step"] == 30 and rows(folder, "eval.csv")[1][0] == "30"
+
+
+def test_evaluating_and_saving_do_not_change_an_online_training(call, whole, tmp_path):
+    call("flow_sac", *RUNS["flow_sac"], "--eval-interval", 400, "--run-dir", tmp_path)
+    (folder,) = tmp_path.iterdir()
+    assert len(rows(whole["flow_sac"], "eval.csv")) == 5 and len(rows(folder, "eval.csv")) == 2
+    assert rows(folder, "train.csv") == rows(whole["flow_sac"], "train.csv")
+    assert_same_nets(folder, whole["flow_sac"])
+    assert torch.equal(read(folder)["generator"], read(whole["flow_sac"])["generator"])
+
+
+# ------------------------------------------------------------------------- what may be changed
+
+
+@pytest.mark.parametrize("script", ["qflow", "flow_sac"])
+def test_steps_may_be_added_and_intervals_changed(script, call, whole, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(whole[script], folder)
-    steps = "online-steps" if script == "flow_sac.py" else "offline-steps"
-    end = 1100 if script == "flow_sac.py" else 150
-    flags = f"--{steps} {end} --eval-interval {end} --log-interval 5".split()
-    out = finish(start(home, script, "--resume", folder, *flags))
-    assert f"{steps.replace('-', '_')}={end}" in out
+    steps = "online_steps" if script == "flow_sac" else "offline_steps"
+    flag = "--" + steps.replace("_", "-")
+    end = 500 if script == "flow_sac" else 80
+    call(script, "--resume", folder, flag, end, "--eval-interval", end, "--log-interval", 5)
+    assert f"{steps}={end}" in capsys.readouterr().out
     assert rows(folder, "eval.csv")[:-1] == rows(whole[script], "eval.csv")
     assert rows(folder, "eval.csv")[-1][0] == str(end)
-    saved = common.json.loads((folder / "config.json").read_text())["args"]
-    assert saved[steps.replace("-", "_")] == end and saved["eval_interval"] == end
+    saved = json.loads((folder / "config.json").read_text())["args"]
+    assert saved[steps] == end and saved["eval_interval"] == end
     before = rows(folder, "eval.csv")
-    out = finish(start(home, script, "--resume", folder, f"--{steps}", end // 2))
-    assert "mean of the last 3 evaluations" in out and rows(folder, "eval.csv") == before
+    call(script, "--resume", folder, flag, end // 2)
+    assert "mean of the last 3 evaluations" in capsys.readouterr().out
+    assert rows(folder, "eval.csv") == before
+
+
+def test_a_dataset_may_move_and_must_be_the_same(home, call, whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole["fql"], folder)
+    moved = tmp_path / "moved.npz"
+    shutil.copy(home / ".ogbench/collected" / f"{NAME}.npz", moved)
+    call("fql", "--resume", folder, "--dataset", moved, "--offline-steps", 61)
+    assert read(folder)["step"] == 61
+    moved.rename(tmp_path / "again.npz")
+    call("fql", "--resume", folder, "--dataset", tmp_path / "again.npz", "--offline-steps", 62)
+    assert read(folder)["step"] == 62
+
+    other = tmp_path / "other.npz"
+    common.collect_pointmaze(NAME, other, num_episodes=1, workers=1)
+    with pytest.raises(common.UserError, match="dataset was 2000 .* is 1000 ") as error:
+        call("fql", "--resume", folder, "--dataset", other, "--offline-steps", 63)
+    assert f"--resume {folder}" in str(error.value) and "\n" not in str(error.value)
+    assert read(folder)["step"] == 62 and len(rows(folder, "eval.csv")) == 5
+
+
+def test_a_dataset_that_does_not_say_where_it_is_from_may_move_too(
+    home, call, tmp_path, monkeypatch
+):
+    with np.load(home / ".ogbench/collected" / f"{NAME}.npz") as file:
+        arrays = {name: file[name] for name in file if name != "source"}
+    official = tmp_path / ".ogbench/data" / f"{NAME}.npz"
+    official.parent.mkdir(parents=True)
+    np.savez(official, **arrays)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = f"{SMALL} --eval-interval 20 --offline-steps 2".split()
+    call("fql", *flags, "--dataset-url", "http://localhost:1", "--run-dir", tmp_path / "runs")
+    (folder,) = (tmp_path / "runs").iterdir()
+    moved = official.rename(tmp_path / "moved.npz")
+    call("fql", "--resume", folder, "--dataset", moved, "--offline-steps", 3)
+    assert read(folder)["step"] == 3
+
+
+# ----------------------------------------------------------------------------------- trouble
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(home, whole, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole["fql.py"], folder)
+    shutil.copytree(whole["fql"], folder)
     before = (folder / "checkpoint.pt").read_bytes()
 
     def limit():  # no file can grow beyond half of the checkpoint
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)
 
-    process = start(home, "fql.py", "--resume", folder, "--offline-steps", "130", preexec_fn=limit)
+    process = start(home, "fql", "--resume", folder, "--offline-steps", 61, preexec_fn=limit)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 2 and "Traceback" not in err
     hint, error = err.splitlines()[-2:]
@@ -189,78 +342,106 @@ def test_a_full_disk_leaves_the_last_checkpoint(home, whole, tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_row_that_does_not_fit_on_the_disk_is_an_error_not_a_gap(tmp_path, capsys):
-    run = common.Run(tmp_path, "x", {})
-    run.progress(1, 0, "updates")
-    run.save(dict(nets=torch.nn.Linear(1, 1)), step=0)
-    (run.path / "train.csv").symlink_to("/dev/full")
-    with pytest.raises(common.UserError, match=f"{run.path}: .*No space left"), run:
-        run.log("train.csv", step=1, critic_loss=0.5)
-    assert f"--resume {run.path} " in capsys.readouterr().err
+    run = common.Run(tmp_path / "run", dict(script="fql.py"))
+    run.begin()
+    run.start(0, 1, "updates")
+    run.save(step=0, nets=torch.nn.Linear(1, 1).state_dict())
+    (run.folder / "train.csv").symlink_to("/dev/full")
+    with pytest.raises(common.UserError, match=f"{run.folder}: .*No space left"), run:
+        run.log("train.csv", dict(step=1, critic_loss=0.5))
+    assert f"--resume {run.folder} " in capsys.readouterr().err
 
 
-def test_nan_stops_within_a_log_interval_and_keeps_the_last_good_checkpoint(home, tmp_path):
-    flags = *OFFLINE, "--lr", "1e9", "--run-dir", tmp_path  # finite at first, for an update or two
-    _, err = (process := start(home, "fql.py", *flags)).communicate(timeout=100)
-    assert process.returncode == 2 and "Traceback" not in err
-    assert "fql.py: error: step 7: " in err and "_loss is " in err
+def test_nan_stops_within_a_log_interval_and_keeps_the_last_good_checkpoint(call, whole, tmp_path):
+    with pytest.raises(common.UserError, match="^step 7: .*_loss is "):
+        call("fql", *OFFLINE, "--lr", "1e9", "--run-dir", tmp_path)  # at first it is finite
     (folder,) = tmp_path.iterdir()
     assert not (folder / "checkpoint.pt").exists() and not (folder / "eval.csv").exists()
 
 
-def test_two_processes_never_write_one_run(home, whole, tmp_path):
+def test_two_processes_never_write_one_run(call, whole, tmp_path):
     folder = tmp_path / "run"
-    shutil.copytree(whole["fql.py"], folder)
-    with common.Run(tmp_path, "", common.json.loads((folder / "config.json").read_text()), folder):
-        _, err = (process := start(home, "fql.py", "--resume", folder)).communicate(timeout=100)
-    assert process.returncode == 2 and f"{folder}: another process writes there" in err
-    assert "Traceback" not in err
+    shutil.copytree(whole["fql"], folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    config = json.loads((folder / "config.json").read_text())
+    with common.Run(folder, config, resume=True):
+        with pytest.raises(common.UserError, match=f"{folder}: another process writes there"):
+            call("fql", "--resume", folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_evaluate_prints_intervals(home, whole):
-    flags = "--evaluate", whole["qflow.py"], "--eval-episodes", "3"
-    lines = finish(start(home, "qflow.py", *flags)).splitlines()
+@pytest.mark.parametrize("script, name", [("qflow", "Value"), ("flow_sac", "BatchRenorm")])
+def test_a_mistake_in_a_network_is_not_a_damaged_run(script, name, call, whole, monkeypatch):
+    def mistaken(self, *sizes, **options):
+        return undefined_name  # noqa: F821
+
+    monkeypatch.setattr(getattr(MODULES[script], name), "__init__", mistaken)
+    for flag in ("--evaluate", "--resume"):
+        with pytest.raises(NameError, match="undefined_name"):
+            call(script, flag, whole[script])
+    with pytest.raises(NameError, match="undefined_name"):
+        MODULES[script].load(whole[script])
+
+
+# ------------------------------------------------------------------------------- --evaluate
+
+
+def test_evaluate_prints_intervals(call, whole, capsys):
+    call("qflow", "--evaluate", whole["qflow"], "--eval-episodes", 3)
+    lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("success 0 (95 %: 0 to 0.56")  # Wilson's for 0 of 3
     assert lines[1:] == ["return -1000 (95 %: -1000 to -1000)", "length 1000 (95 %: 1000 to 1000)"]
+
+
+def test_the_interval_of_one_episode_is_infinite(capsys):
+    nan = np.array([math.nan])
+    qflow.report({"success": nan, "return": np.array([-3.0]), "length": np.array([5.0])})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["return -3 (95 %: -inf to inf)", "length 5 (95 %: -inf to inf)"]
 
 
 def test_without_a_way_to_render_the_figures_come_all_the_same(home, whole, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "glfw")
     monkeypatch.delenv("DISPLAY", raising=False)
-    flags = "--evaluate", whole["fql.py"], "--eval-episodes", "2", "--video"
-    out, err = (process := start(home, "fql.py", *flags)).communicate(timeout=100)
-    assert process.returncode == 0 and "length 1000 (95 %: 1000 to 1000)" in out
-    assert "--video: cannot render, needs EGL or OSMesa" in err and "Traceback" not in err
-    assert not list(whole["fql.py"].glob("*.gif"))
+    process = start(home, "fql", "--evaluate", whole["fql"], "--eval-episodes", 1, "--video")
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 2 and "length 1000 (95 %" in out
+    assert "fql.py: error: --video: cannot render" in err and "MUJOCO_GL" in err
+    assert "Traceback" not in err and not list(whole["fql"].glob("*.gif"))
 
 
-def test_film_is_a_picture_of_every_eighth_step_or_a_line_that_says_why_not(
-    home, whole, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setenv("MUJOCO_GL", "egl")
-    *_, env_id = common.resolve_task("pointmaze-medium-navigate-v0")
-    make = lambda **options: common.gymnasium.make(env_id, max_episode_steps=16, **options)
-    nets, args = qflow.load(whole["qflow.py"])
-    args.evaluate, args.video, args.eval_episodes = tmp_path, True, 4
-    policy = lambda obs: qflow.act(nets, obs, args)
-    common.report(qflow.evaluate, policy, make, args)
-    out, err = capsys.readouterr()
-    assert "length 16 (95 %: 16 to 16)" in out
-    film = tmp_path / "evaluation.gif"
-    if film.exists():
-        pictures = imageio.mimread(film)
-        assert len(pictures) == 6 and np.std(pictures[0]) > 10  # three episodes
-        assert str(film) in out
-    else:
-        assert "--video: cannot render, needs EGL or OSMesa" in err
-    broken = lambda render_mode=None: make() if render_mode is None else 1 / 0
-    common.report(qflow.evaluate, policy, broken, args)  # says so and goes on
-    assert "cannot render" in capsys.readouterr().err
+FILM = f"""
+import sys
+import gymnasium
+import common
+import qflow
+
+nets, args = qflow.load(sys.argv[1])
+_, _, env_id = common.resolve_task("{NAME}")
+env = gymnasium.make(env_id, max_episode_steps=16, render_mode="rgb_array")
+with qflow.SeededReset(env) as env:
+    qflow.film(lambda obs: qflow.act(nets, obs, args), env, 0, sys.argv[2])
+"""
 
 
-@pytest.mark.parametrize("module", [qflow, fql, flow_sac])
-def test_loaded_networks_act_as_the_trained_ones(module, whole):
-    nets, args = module.load(whole[f"{module.__name__}.py"])
-    sizes, shape = ((11, 3), (5, 1, 3)) if module is flow_sac else ((2, 4), (5, 2, 2))
+def test_film_is_a_picture_of_every_eighth_step(whole, tmp_path):
+    path = tmp_path / "evaluation.gif"
+    environment = {**os.environ, "MUJOCO_GL": "egl", "PYTHONPATH": str(ROOT)}  # read at import
+    command = [sys.executable, "-c", FILM, whole["qflow"], path]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    if result.returncode and re.search("EGL|OpenGL|libGL", result.stderr):
+        pytest.skip(f"nothing can be rendered here: {result.stderr.splitlines()[-1]}")
+    assert result.returncode == 0, result.stderr
+    pictures = imageio.mimread(path)
+    assert len(pictures) == 6 and np.std(pictures[0]) > 10  # three episodes
+    assert str(path) in result.stdout
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_loaded_networks_act_as_the_trained_ones(script, whole):
+    module = MODULES[script]
+    nets, args = module.load(whole[script])
+    sizes, shape = ((11, 3), (5, 1, 3)) if script == "flow_sac" else ((2, 4), (5, 2, 2))
     assert args.seed == 3 and args.hidden == (16, 16) and nets.sizes == sizes
     obs = np.random.default_rng(0).normal(size=(5, sizes[0]))
     x0 = torch.randn(5, sizes[1], generator=torch.Generator().manual_seed(0))
