@@ -256,18 +256,15 @@ def get_dataset(name, env_id, path="", url="", device="cpu"):
     collected = Path("~/.ogbench/collected").expanduser() / f"{name}.npz"
     if path:
         path = Path(path)
-        origin = "given by --dataset"
     elif url or os.path.exists(official) or not re.fullmatch("pointmaze-.*-navigate-v0", name):
         path = official
-        origin = "official file"
         make_once(path, lambda: download(name, url, path))
     else:
         path = collected
-        origin = "collected"
         make_once(path, lambda: collect_pointmaze(name, path))
     dataset, source = load_dataset(path, env_id, device)
     counts = f"{len(dataset)} transitions, {dataset.num_episodes} episodes"
-    return dataset, f"{counts}, {source or origin}"
+    return dataset, f"{counts}, {source or 'no source stated, as in OGBench files'}"
 
 
 @contextmanager
@@ -529,7 +526,7 @@ class Run:
             self.wandb.finish(exit_code=1 if error else 0)
         self.lock.release()
 
-    def begin(self):
+    def restore(self):
         """Write config.json and, if resumed, the rows logged so far; returns what `save` saved.
 
         That is {} in a new run, and in one that was stopped before its first checkpoint.
@@ -551,7 +548,7 @@ class Run:
                 self.log(name, row)
         return state
 
-    def start(self, step, total, unit):
+    def show_progress(self, step, total, unit):
         """Show a progress bar of `total` units (updates, say), of which `step` are done."""
         self.bar = tqdm(
             total=total, initial=step, unit=f" {unit}", dynamic_ncols=True, mininterval=1

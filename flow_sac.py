@@ -693,7 +693,7 @@ def train(args, envs, eval_envs, run, device):
     step = 0  # environment steps
     num_updates = 0  # of the critics
     metrics = {}
-    checkpoint = run.begin()
+    checkpoint = run.restore()
     if checkpoint:
         step = checkpoint["step"]
         num_updates = checkpoint["num_updates"]
@@ -720,7 +720,7 @@ def train(args, envs, eval_envs, run, device):
     obs, _ = envs.reset(seed=[(args.seed + step) * n + i for i in range(n)])
     returns = np.zeros(n)  # of the episodes in progress
     finished_returns = []  # since the last row of train.csv
-    run.start(step, args.online_steps, "steps")
+    run.show_progress(step, args.online_steps, "steps")
     logged_step = step
     logged_time = time.perf_counter()
     while step < args.online_steps:

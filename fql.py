@@ -514,7 +514,7 @@ def train(args, dataset, envs, run):
     loss = torch.compile(total_loss, fullgraph=True) if args.compile else total_loss
 
     step = 0
-    checkpoint = run.begin()
+    checkpoint = run.restore()
     if checkpoint:
         step = checkpoint["step"]
         nets.load_state_dict(checkpoint["nets"])
@@ -531,7 +531,7 @@ def train(args, dataset, envs, run):
 
     if args.compile and device.type == "cuda":
         sample_and_update = CUDAGraph(sample_and_update, generator)
-    run.start(step, args.offline_steps, "updates")
+    run.show_progress(step, args.offline_steps, "updates")
     logged_step = step
     logged_time = time.perf_counter()
     while step < args.offline_steps:

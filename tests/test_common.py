@@ -386,9 +386,9 @@ def test_sources_are_tried_in_order(collected, tmp_path, monkeypatch):
 
     official.parent.mkdir()
     np.savez(official, **arrays)
-    assert common.get_dataset(NAME, ENV_ID)[1] == f"{counts}, official file"
+    assert common.get_dataset(NAME, ENV_ID)[1] == f"{counts}, no source stated, as in OGBench files"
     np.savez(given, **arrays)
-    assert common.get_dataset(NAME, ENV_ID, str(given))[1] == f"{counts}, given by --dataset"
+    assert common.get_dataset(NAME, ENV_ID, str(given))[1] == f"{counts}, no source stated, as in OGBench files"
     with pytest.raises(common.UserError, match="absent.npz: .*No such file"):
         common.get_dataset(NAME, ENV_ID, "absent.npz")
 
@@ -428,12 +428,12 @@ def log_row(run, step, success=0.5):
 def test_run_folder(tmp_path, capsys):
     config = dict(script="x.py", args=dict(lam=1.0), dataset="somewhere")
     with common.Run(tmp_path / "runs/x", config) as run:
-        assert run.begin() == {}
+        assert run.restore() == {}
         config = json.loads((run.folder / "config.json").read_text())
         assert config["args"] == {"lam": 1.0} and config["dataset"] == "somewhere"
         assert config["versions"]["torch"] == torch.__version__ and "commit" in config
 
-        run.start(0, 3, "updates")
+        run.show_progress(0, 3, "updates")
         run.log("eval.csv", {"step": 0, "success": 0.0, "return": -9.0, "length": 9.0})
         run.plot()  # no training yet
         log_row(run, 1)
@@ -465,13 +465,13 @@ def test_a_resumed_run_has_the_rows_of_its_checkpoint(tmp_path):
     config = dict(script="x.py", device="cpu", dataset="5 transitions")
     nets = torch.nn.Linear(2, 3).state_dict()
     with common.Run(tmp_path / "run", config) as run:
-        run.begin()
+        run.restore()
         log_row(run, 1)
         run.save(step=1, nets=nets)
         as_saved = (run.folder / "train.csv").read_bytes(), (run.folder / "eval.csv").read_bytes()
         log_row(run, 2)  # after the checkpoint: will come again
     with common.Run(tmp_path / "run", config, resume=True) as run:
-        state = run.begin()
+        state = run.restore()
         assert state["step"] == 1 and torch.equal(state["nets"]["weight"], nets["weight"])
         files = (run.folder / "train.csv").read_bytes(), (run.folder / "eval.csv").read_bytes()
         assert files == as_saved
@@ -483,23 +483,23 @@ def test_a_resumed_run_has_the_rows_of_its_checkpoint(tmp_path):
 def test_a_run_cannot_be_resumed_with_another(tmp_path, name):
     config = dict(script="x.py", device="cpu", dataset="5 transitions")
     with common.Run(tmp_path / "run", config) as run:
-        run.begin()
+        run.restore()
         run.save(step=1, nets={})
     written = (tmp_path / "run/config.json").read_bytes()
     with common.Run(tmp_path / "run", {**config, name: "other"}, resume=True) as run:
         with pytest.raises(common.UserError, match=f"{name} was {config[name]}, is other"):
-            run.begin()
+            run.restore()
     assert (tmp_path / "run/config.json").read_bytes() == written
 
 
 def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tmp_path):
     config = dict(script="x.py", device="cpu")
     with common.Run(tmp_path / "run", config) as run:
-        run.begin()
+        run.restore()
         log_row(run, 1)
     assert common.read_checkpoint(run.folder, "x.py") == dict(config=run.config)
     with common.Run(tmp_path / "run", config, resume=True) as run:
-        assert run.begin() == {}
+        assert run.restore() == {}
         assert not (run.folder / "train.csv").exists()
 
 

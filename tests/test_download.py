@@ -14,7 +14,7 @@ import pytest
 import common
 
 _, NAME, ENV_ID = common.resolve_task("pointmaze-medium-navigate-v0")
-DESCRIPTION = "1000 transitions, 1 episodes, official file"
+DESCRIPTION = "1000 transitions, 1 episodes, no source stated, as in OGBench files"
 BLOCK = 2**16
 
 # Another process: for each line "HOME URL BYTES", get_dataset with files of at most so many bytes.

@@ -343,8 +343,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(home, whole, tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_row_that_does_not_fit_on_the_disk_is_an_error_not_a_gap(tmp_path, capsys):
     run = common.Run(tmp_path / "run", dict(script="fql.py"))
-    run.begin()
-    run.start(0, 1, "updates")
+    run.restore()
+    run.show_progress(0, 1, "updates")
     run.save(step=0, nets=torch.nn.Linear(1, 1).state_dict())
     (run.folder / "train.csv").symlink_to("/dev/full")
     with pytest.raises(common.UserError, match=f"{run.folder}: .*No space left"), run:
