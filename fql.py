@@ -444,7 +444,7 @@ def evaluate(policy, envs, num_episodes, seed):
     while episodes_left.any():
         needs_chunk = position == horizon
         if needs_chunk.any():
-            chunks[needs_chunk] = policy(obs)[needs_chunk]
+            chunks[needs_chunk] = policy(obs)[needs_chunk]  # noise is drawn for all of them
             position[needs_chunk] = 0
         obs, rewards, terminated, truncated, infos = envs.step(chunks[np.arange(n), position])
         position += 1

@@ -321,9 +321,9 @@ def aggregate(q, q_agg):
 
 @torch.no_grad()
 def targets(nets, batch, x0, xt, t, args):
-    """Targets of the critic, r + discount^h * mask * Q'(s', a'), and of V, Q'(s, x_1): (B,), (B,).
+    """Targets of the critic, r + discount^h * mask * Q'(s', a'), and of V, Q'(s, y): (B,), (B,).
 
-    The policy's flow makes a' from x_0 at s', and x_1 from x_t at s: one rollout for both.
+    The policy's flow takes x_0 to a' at s', and x_t to y at s: one rollout for both.
     """
     obs = torch.cat([batch.next_observations, batch.observations])
     x = torch.cat([x0, xt])
@@ -467,7 +467,7 @@ def evaluate(policy, envs, num_episodes, seed):
     while episodes_left.any():
         needs_chunk = position == horizon
         if needs_chunk.any():
-            chunks[needs_chunk] = policy(obs)[needs_chunk]
+            chunks[needs_chunk] = policy(obs)[needs_chunk]  # noise is drawn for all of them
             position[needs_chunk] = 0
         obs, rewards, terminated, truncated, infos = envs.step(chunks[np.arange(n), position])
         position += 1
