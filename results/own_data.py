@@ -38,7 +38,9 @@ for episode in range(5):
 def main():
     envs = qflow.make_envs(make_env, 4)  # a process each
     dataset = common.Dataset(*[np.array(column) for column in zip(*rows)])
-    args = qflow.Args(env="Pendulum-v1", offline_steps=200, eval_interval=100, hidden=(64, 64))
+    args = qflow.Args(
+        env="Pendulum-v1", offline_steps=200, eval_interval=100, eval_episodes=4, hidden=(64, 64)
+    )
     folder = f"runs/Pendulum-v1__qflow__0__{time.strftime('%Y%m%d-%H%M%S')}"
     with common.Run(folder, dict(script="qflow.py", args=vars(args))) as run:
         nets = qflow.train(args, dataset, envs, run)

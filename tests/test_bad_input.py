@@ -398,7 +398,8 @@ def test_what_an_evaluation_may_change(finished, start, refused, monkeypatch, ca
     start("qflow", "--evaluate", finished, "--eval-episodes", 1, "--seed", 5)
     assert evaluate.call_args.args[2:] == (1, 5)
     assert capsys.readouterr().out.startswith("success 1 (95 %: ")
-    for flag, new, old in (("--lr", 1.0, 5e-4), ("--offline-steps", 9, 4), ("--hidden", 9, (8, 8))):
+    lr = qflow.SETTINGS["pointmaze"]["lr"]
+    for flag, new, old in (("--lr", 1.0, lr), ("--offline-steps", 9, 4), ("--hidden", 9, (8, 8))):
         says = [flag, new, f"{finished} was trained with {old}"]
         refused("qflow", "--evaluate", finished, flag, new, says=says)
     says = ["--resume and --evaluate exclude each other"]

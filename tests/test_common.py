@@ -388,7 +388,10 @@ def test_sources_are_tried_in_order(collected, tmp_path, monkeypatch):
     np.savez(official, **arrays)
     assert common.get_dataset(NAME, ENV_ID)[1] == f"{counts}, no source stated, as in OGBench files"
     np.savez(given, **arrays)
-    assert common.get_dataset(NAME, ENV_ID, str(given))[1] == f"{counts}, no source stated, as in OGBench files"
+    assert (
+        common.get_dataset(NAME, ENV_ID, str(given))[1]
+        == f"{counts}, no source stated, as in OGBench files"
+    )
     with pytest.raises(common.UserError, match="absent.npz: .*No such file"):
         common.get_dataset(NAME, ENV_ID, "absent.npz")
 

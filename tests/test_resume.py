@@ -148,7 +148,7 @@ def stop_after_save(patch, number=1):
 
 @pytest.mark.parametrize(
     "script, signals",
-    [("qflow", (signal.SIGKILL, signal.SIGTERM)), ("fql", (signal.SIGINT, signal.SIGKILL))],
+    [("qflow", (signal.SIGKILL, signal.SIGTERM)), ("fql", (signal.SIGINT,))],
 )
 def test_killed_again_and_again_it_computes_the_same(script, signals, home, whole, tmp_path):
     rng = np.random.default_rng()  # another moment each time: any must do

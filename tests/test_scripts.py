@@ -97,7 +97,8 @@ def test_help_has_all_flags_and_the_method(script, help_text):
 def test_help_has_the_defaults_of_the_environment(help_text):
     text = help_text(qflow)
     assert "antmaze-giant-navigate: lam=0.2, time_dim=64, q_agg=min, discount=0.995" in text
-    assert re.search(r"--lam FLOAT lambda, [^()]*\(default: 1\.5\)", text)
+    lam = qflow.SETTINGS["pointmaze"]["lam"]
+    assert re.search(rf"--lam FLOAT lambda, [^()]*\(default: {lam}\)", text)
     text = help_text(qflow, "--env", "puzzle-3x3-play-v0")
     assert re.search(r"--lam FLOAT lambda, [^()]*\(default: 20\.0\)", text)
     text = help_text(flow_sac)
