@@ -1,4 +1,4 @@
-"""Datasets of OGBench onto the device, results of a run onto disk and screen.
+"""Loads OGBench's datasets onto the device and writes a run's results to disk and screen.
 
 Nothing here is about a method: no network, no loss, no training loop.
 """
@@ -53,6 +53,10 @@ UNREADABLE = (
 
 class UserError(Exception):
     """An error the user can fix; the scripts show it as one line, without a traceback."""
+
+
+class Diverged(UserError):
+    """A loss or a weight that is not finite; resuming would not help."""
 
 
 # ---------------------------------------------------------------------------------------- names
@@ -120,6 +124,9 @@ class Batch(NamedTuple):
 
 def check_arrays(arrays):
     """Raise ValueError unless all arrays are finite numbers and of the same length."""
+    for name, array in arrays.items():
+        if array.ndim == 0:
+            raise ValueError(f"{name} is a single number")
     lengths = {name: len(array) for name, array in arrays.items()}
     for name, array in arrays.items():
         if lengths[name] != max(lengths.values()):
@@ -280,11 +287,15 @@ def make_once(path, make):
     """Call make() unless the file exists; of several processes, one calls and the others wait."""
     if os.path.exists(path):
         return
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):
-            if not path.exists():
-                make()
+        lock.acquire()
+    try:
+        if not path.exists():
+            make()
+    finally:
+        lock.release()
 
 
 def write_file(path, data):
@@ -319,18 +330,19 @@ def download(name, url, path):
     part = path.with_name(f"{path.name}.part")
     for _ in range(4):
         resumed = part.exists() and part.stat().st_size > 0
-        try:
-            resumed = fetch(url, part) and resumed
-            if is_npz(part):
-                os.replace(part, path)
-                return
-            error = "what came is not an npz file"
-            part.unlink(missing_ok=True)
-            if not resumed:
-                break
-            # The damage may be in what an earlier attempt left: once more from the start.
-        except (requests.RequestException, ValueError) as failure:
-            error = failure
+        with disk_errors(path.parent):
+            try:
+                resumed = fetch(url, part) and resumed
+                if is_npz(part):
+                    os.replace(part, path)
+                    return
+                error = "the download is not an npz file"
+                part.unlink(missing_ok=True)
+                if not resumed:
+                    break
+                # The damage may be in what an earlier attempt left: once more from the start.
+            except (requests.RequestException, ValueError) as failure:
+                error = failure
         time.sleep(1)
     raise UserError(
         f"{url}: download failed ({error}); try the mirror that OGBench's issue 49 names: "
@@ -511,8 +523,7 @@ class Run:
                 self.lock.acquire()
             except Timeout:
                 raise UserError(f"{self.folder}: another process writes there") from None
-        if track:
-            self.wandb = start_wandb(self.folder, self.config)
+        self.track = track
 
     def __enter__(self):
         return self
@@ -520,7 +531,8 @@ class Run:
     def __exit__(self, error_type, error, traceback):
         if self.bar:
             self.bar.close()
-        if self.bar and error and (self.folder / "checkpoint.pt").exists():
+        can_resume = (self.folder / "checkpoint.pt").exists() and error_type is not Diverged
+        if self.bar and error and can_resume:
             print(f"stopped; --resume {self.folder} continues from its checkpoint", file=sys.stderr)
         if self.wandb:
             self.wandb.finish(exit_code=1 if error else 0)
@@ -540,13 +552,27 @@ class Run:
                 before, now = state["config"].get(name), self.config.get(name)
                 if before != now:
                     raise UserError(f"--resume {self.folder}: {name} was {before}, is {now}")
+        elif self.num_lines("eval.csv") > 2:  # a checkpoint follows each evaluation: it was removed
+            hint = "remove its CSV files to begin anew"
+            raise UserError(f"--resume {self.folder}: has no checkpoint.pt; {hint}")
         text = json.dumps(self.config, indent=2)
         write_file(self.folder / "config.json", text.encode())
+        if self.track:
+            self.wandb = start_wandb(self.folder, self.config)
+        saved_rows = []
         for name in ("train.csv", "eval.csv"):
-            (self.folder / name).unlink(missing_ok=True)  # rows after the checkpoint come again
+            (self.folder / name).unlink(missing_ok=True)  # rows after the checkpoint come anew
             for row in state.get("rows", {}).get(name, []):
-                self.log(name, row)
+                saved_rows.append((row["step"], name, row))
+        saved_rows.sort(key=lambda entry: entry[0])  # Weights & Biases ignores smaller steps
+        for _, name, row in saved_rows:
+            self.log(name, row)
         return state
+
+    def num_lines(self, name):
+        """How many lines a CSV file has, with its header."""
+        path = self.folder / name
+        return len(path.read_text().splitlines()) if path.exists() else 0
 
     def show_progress(self, step, total, unit):
         """Show a progress bar of `total` units (updates, say), of which `step` are done."""
@@ -571,7 +597,8 @@ class Run:
             self.wandb.log({f"{section}/{key}": x for key, x in row.items()}, step=row["step"])
         for key, value in row.items():
             if key.endswith("_loss") and not np.isfinite(value):
-                raise UserError(f"step {row['step']}: {key} is {value}; start anew, lower --lr")
+                hint = "start a new run with a lower learning rate"
+                raise Diverged(f"step {row['step']}: {key} is {value}; {hint}")
             is_score = key in ("success", "return") and not np.isnan(value)
             if key.endswith("_loss") or is_score:
                 self.shown[key.removesuffix("_loss")] = f"{value:.3g}"
@@ -601,7 +628,8 @@ class Run:
         """Replace checkpoint.pt by `state` (`step`, `nets` and more), settings and logged rows."""
         for name, tensor in state["nets"].items():
             if not tensor.isfinite().all():
-                raise UserError(f"step {state['step']}: {name} is not finite; lower --lr")
+                hint = "start a new run with a lower learning rate"
+                raise Diverged(f"step {state['step']}: {name} is not finite; {hint}")
         file = io.BytesIO()
         torch.save(dict(state, config=self.config, rows=self.rows), file)
         write_file(self.folder / "checkpoint.pt", file.getbuffer())

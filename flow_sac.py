@@ -2,8 +2,8 @@
 
 A flow policy turns noise x_0 ~ N(0, I) into x_K with K Euler steps of a velocity field v(s, x, t);
 the action is tanh(x_K). This is a recurrent network, x_{i+1} = x_i + v(s, x_i, t_i) / K, and the
-actor's gradient is a product of K Jacobians I + dv/dx / K, which explodes or vanishes. Two velocity
-networks, borrowed from recurrent networks, keep it bounded; a plain one is there to compare:
+actor's gradient is a product of K Jacobians I + dv/dx / K, which can explode or vanish. The paper's
+remedy are two velocity networks from sequence models; a plain one is there to compare:
 
     flow-g   v = gate * (candidate - x)             the update of a GRU
     flow-t   v = Transformer decoder of (x, t)      with the state as its memory
@@ -51,7 +51,7 @@ import common
 @dataclass
 class Args:
     env: str = "Pendulum-v1"
-    """Gymnasium id with Box observations and actions, or OGBench's online-ant-v0 and such"""
+    """Gymnasium id with Box observations and actions, or OGBench's online-ant-v0 etc."""
     seed: int = 0
     """seed of weights, environments, batches, noise and evaluation episodes"""
     device: str = "auto"
@@ -118,10 +118,12 @@ def check_args(args):
             flag = name.replace("_", "-")
             raise common.UserError(f"--{flag} {getattr(args, name)}: must be {rule}")
 
-    for name in ("batch_size", "online_steps", "eval_interval", "eval_episodes", "log_interval"):
+    for name in ("online_steps", "eval_interval", "eval_episodes", "log_interval"):
         require(1 <= getattr(args, name) <= 1e9, name, "between 1 and 1e9")
-    for name in ("num_envs", "learning_starts", "buffer_size", "policy_frequency"):
+    require(1 <= args.batch_size <= 1e6, "batch_size", "between 1 and 1e6")
+    for name in ("learning_starts", "buffer_size", "policy_frequency"):
         require(1 <= getattr(args, name) <= 1e9, name, "between 1 and 1e9")
+    require(1 <= args.num_envs <= 1000, "num_envs", "between 1 and 1000")
     for name in ("discount", "tau"):
         require(0 < getattr(args, name) <= 1, name, "above 0 and at most 1")
     for name in ("policy_lr", "q_lr", "init_temperature"):
@@ -136,7 +138,7 @@ def check_args(args):
     require(args.learning_starts < args.online_steps, "learning_starts", too_late)
 
 
-# Defaults per environment: the authors' for all but Pendulum, whose are our own, for a laptop.
+# The authors' defaults stand in Args; Pendulum's are our own, small enough for a laptop.
 SETTINGS = {
     "Pendulum": dict(
         online_steps=15_000,
@@ -313,7 +315,7 @@ class DecoderLayer(nn.Module):
 
 
 class DecodedVelocity(nn.Module):
-    """Flow-T: a Transformer decoder makes v of the token (x_t, t), with the state as its memory.
+    """Flow-T: a Transformer decoder computes v from the token (x_t, t), the state is its memory.
 
     (B, O), (B, A), (B, 1) -> (B, A). The paper's self-attention has a diagonal mask: the token of
     step i sees itself and not the steps before it, or v would not be a function of x_i. That is
@@ -499,7 +501,7 @@ def policy_loss(nets, batch, x0, eps):
 
 
 class Optimizers(NamedTuple):
-    """An Adam each."""
+    """One Adam per group of parameters."""
 
     critic: torch.optim.Adam
     policy: torch.optim.Adam
@@ -534,7 +536,7 @@ def update_critic(nets, optimizers, batch, draws, args):
 
 
 def gradient_norm(module):
-    """Norm of the gradient by all parameters of a module, as one vector."""
+    """Norm of the gradient with respect to all parameters of a module."""
     return nn.utils.get_total_norm([p.grad for p in module.parameters()])
 
 
@@ -577,7 +579,7 @@ def load(folder, device="cpu"):
     """Networks and settings of the run in a folder, for `act`. Raises UserError."""
     state = common.read_checkpoint(folder, Path(__file__).name)
     if "nets" not in state:
-        raise common.UserError(f"{folder}: was stopped before its first checkpoint")
+        raise common.UserError(f"{folder}: has no checkpoint.pt")
     args = saved_args(state)
     nets = Networks(*state["sizes"], args).to(device)
     nets.load_state_dict(state["nets"])
@@ -779,7 +781,7 @@ def train(args, envs, eval_envs, run, device):
                 row[name] = values.mean().item()
             run.log("eval.csv", row)
             run.plot("environment steps")
-            logged_time = time.perf_counter()  # the speed is that of learning
+            logged_time = time.perf_counter()  # the speed excludes evaluation
 
         if evaluates or run.save_is_due():
             run.save(
@@ -833,7 +835,7 @@ class Envs(AsyncVectorEnv):
 
 
 def make_envs(make_env, num_envs):
-    """Vector environment of `num_envs` times what the function make_env returns."""
+    """Vector environment of `num_envs` copies of the environment that make_env() returns."""
 
     def start():
         in_worker = multiprocessing.parent_process() is not None
@@ -849,7 +851,7 @@ def make_envs(make_env, num_envs):
 
 # Flags of all three scripts.
 MAY_CHANGE_ON_RESUME = (
-    "resume dataset dataset_url offline_steps online_steps eval_interval eval_episodes "
+    "resume device dataset dataset_url offline_steps online_steps eval_interval eval_episodes "
     "log_interval compile track"
 ).split()
 MAY_CHANGE_ON_EVALUATE = "evaluate video eval_episodes seed device matmul_precision".split()
@@ -876,6 +878,8 @@ def parse_args():
     if folder:
         saved = saved_args(common.read_checkpoint(folder, Path(__file__).name))
         default = replace(saved, resume="", evaluate="", video=False)
+        if given.evaluate:
+            default = replace(default, device="auto")
     args = tyro.cli(Args, default=default, description=description)
 
     check_args(args)
@@ -894,7 +898,7 @@ def parse_args():
 
 def choose_device(name):
     """--device as a torch.device, with an index if it is a GPU. Raises UserError."""
-    num_gpus = torch.cuda.device_count()
+    num_gpus = torch.cuda.device_count()  # unlike is_available(), it leaves CUDA untouched
     if name == "auto":
         name = "cuda" if num_gpus else "cpu"
     if name == "cuda" and num_gpus:
@@ -957,7 +961,8 @@ def film(policy, env, seed, path):
                 done = terminated or truncated
                 if done:
                     break
-    imageio.mimsave(path, frames, loop=0)
+    with common.disk_errors(path.parent):
+        imageio.mimsave(path, frames, loop=0)
     print(f"three episodes, every eighth step: {path}")
 
 
@@ -973,10 +978,7 @@ def evaluate_run(args, make_env, envs, device):
     if args.video:
         path = Path(args.evaluate) / "evaluation.gif"
         try:
-            with (
-                common.disk_errors(path.parent),
-                SeededReset(make_env(render_mode="rgb_array")) as env,
-            ):
+            with SeededReset(make_env(render_mode="rgb_array")) as env:
                 film(policy, env, args.seed, path)
         except mujoco.FatalError as error:
             hint = "without a display, set the environment variable MUJOCO_GL to egl or osmesa"
@@ -994,6 +996,8 @@ def make_env(env_id, **options):
     for kind, space in (("observation", env.observation_space), ("action", env.action_space)):
         if not isinstance(space, Box) or len(space.shape) != 1:
             raise common.UserError(f"--env {env_id}: requires a Box {kind} space of one dimension")
+    if not env.action_space.is_bounded():
+        raise common.UserError(f"--env {env_id}: requires bounded actions")
     return gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
 
 
@@ -1009,8 +1013,6 @@ def main():
         closing(make_envs(make_this_env, num_eval_envs)) as eval_envs,
         closing(make_envs(make_this_env, args.num_envs)) as envs,
     ):
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
         set_matmul_precision(args.matmul_precision, device)
         if args.evaluate:
             return evaluate_run(args, make_this_env, eval_envs, device)

@@ -113,8 +113,9 @@ def check_args(args):
             flag = name.replace("_", "-")
             raise common.UserError(f"--{flag} {getattr(args, name)}: must be {rule}")
 
-    for name in ("batch_size", "offline_steps", "eval_interval", "eval_episodes", "log_interval"):
+    for name in ("offline_steps", "eval_interval", "eval_episodes", "log_interval"):
         require(1 <= getattr(args, name) <= 1e9, name, "between 1 and 1e9")
+    require(1 <= args.batch_size <= 1e6, "batch_size", "between 1 and 1e6")
     for name in ("flow_steps", "horizon"):
         require(1 <= getattr(args, name) <= 1000, name, "between 1 and 1000")
     for name in ("discount", "tau"):
@@ -124,9 +125,6 @@ def check_args(args):
     require(0 <= args.seed < 2**31, "seed", "between 0 and 2**31 - 1")
     require(len(args.hidden) > 0, "hidden", "at least one width")
     require(1 <= min(args.hidden) <= max(args.hidden) <= 10_000, "hidden", "between 1 and 10000")
-    has_compiler = shutil.which("g++") or shutil.which("clang++") or "CXX" in os.environ
-    if args.compile and not has_compiler:
-        raise common.UserError("--compile: no C++ compiler found (g++, clang++ or $CXX)")
 
 
 # Defaults per environment: the paper's; for pointmaze our own, small enough for a laptop.
@@ -406,7 +404,7 @@ def load(folder, device="cpu"):
     """Networks and settings of the run in a folder, for `act`. Raises UserError."""
     state = common.read_checkpoint(folder, Path(__file__).name)
     if "nets" not in state:
-        raise common.UserError(f"{folder}: was stopped before its first checkpoint")
+        raise common.UserError(f"{folder}: has no checkpoint.pt")
     args = saved_args(state)
     nets = Networks(*state["sizes"], args).to(device)
     nets.load_state_dict(state["nets"])
@@ -530,6 +528,7 @@ def train(args, dataset, envs, run):
         return act(nets, obs, args, eval_generator)
 
     if args.compile and device.type == "cuda":
+        torch.cuda.set_device(device)  # a graph is captured on the current device
         sample_and_update = CUDAGraph(sample_and_update, generator)
     run.show_progress(step, args.offline_steps, "updates")
     logged_step = step
@@ -560,7 +559,7 @@ def train(args, dataset, envs, run):
                 row[name] = values.mean().item()
             run.log("eval.csv", row)
             run.plot()
-            logged_time = time.perf_counter()  # the speed is that of the updates
+            logged_time = time.perf_counter()  # the speed excludes evaluation
 
         if evaluates or run.save_is_due():
             run.save(
@@ -611,7 +610,7 @@ class Envs(AsyncVectorEnv):
 
 
 def make_envs(make_env, num_envs):
-    """Vector environment of `num_envs` times what the function make_env returns."""
+    """Vector environment of `num_envs` copies of the environment that make_env() returns."""
 
     def start():
         in_worker = multiprocessing.parent_process() is not None
@@ -627,7 +626,7 @@ def make_envs(make_env, num_envs):
 
 # Flags of all three scripts.
 MAY_CHANGE_ON_RESUME = (
-    "resume dataset dataset_url offline_steps online_steps eval_interval eval_episodes "
+    "resume device dataset dataset_url offline_steps online_steps eval_interval eval_episodes "
     "log_interval compile track"
 ).split()
 MAY_CHANGE_ON_EVALUATE = "evaluate video eval_episodes seed device matmul_precision".split()
@@ -654,6 +653,8 @@ def parse_args():
     if folder:
         saved = saved_args(common.read_checkpoint(folder, Path(__file__).name))
         default = replace(saved, resume="", evaluate="", video=False)
+        if given.evaluate:
+            default = replace(default, device="auto")
     args = tyro.cli(Args, default=default, description=description)
 
     check_args(args)
@@ -672,7 +673,7 @@ def parse_args():
 
 def choose_device(name):
     """--device as a torch.device, with an index if it is a GPU. Raises UserError."""
-    num_gpus = torch.cuda.device_count()
+    num_gpus = torch.cuda.device_count()  # unlike is_available(), it leaves CUDA untouched
     if name == "auto":
         name = "cuda" if num_gpus else "cpu"
     if name == "cuda" and num_gpus:
@@ -735,7 +736,8 @@ def film(policy, env, seed, path):
                 done = terminated or truncated
                 if done:
                     break
-    imageio.mimsave(path, frames, loop=0)
+    with common.disk_errors(path.parent):
+        imageio.mimsave(path, frames, loop=0)
     print(f"three episodes, every eighth step: {path}")
 
 
@@ -751,10 +753,7 @@ def evaluate_run(args, make_env, envs, device):
     if args.video:
         path = Path(args.evaluate) / "evaluation.gif"
         try:
-            with (
-                common.disk_errors(path.parent),
-                SeededReset(make_env(render_mode="rgb_array")) as env,
-            ):
+            with SeededReset(make_env(render_mode="rgb_array")) as env:
                 film(policy, env, args.seed, path)
         except mujoco.FatalError as error:
             hint = "without a display, set the environment variable MUJOCO_GL to egl or osmesa"
@@ -773,11 +772,12 @@ def main():
 
     num_envs = min(args.eval_episodes, 25)
     with closing(make_envs(make_env, num_envs)) as envs:  # before CUDA is used: they fork
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
         set_matmul_precision(args.matmul_precision, device)
         if args.evaluate:
             return evaluate_run(args, make_env, envs, device)
+        has_compiler = shutil.which("g++") or shutil.which("clang++") or "CXX" in os.environ
+        if args.compile and not has_compiler:
+            raise common.UserError("--compile: no C++ compiler found (g++, clang++ or $CXX)")
         dataset, description = common.get_dataset(
             dataset_name, env_id, args.dataset, args.dataset_url, device
         )

@@ -117,7 +117,7 @@ VALUES = {  # flag -> (values that are mistakes, values that are none)
     "device": (["", "gpu", "cuda:99", "-1", LONG], ["auto", "cpu"]),
     "offline_steps": COUNT,
     "online_steps": ([*COUNT[0], 1000], [1001, 10**6]),
-    "num_envs": COUNT,
+    "num_envs": (COUNT[0], [1, 1000]),
     "learning_starts": ([*COUNT[0], 15_000], [1, 14_999]),
     "buffer_size": COUNT,
     "batch_size": COUNT,
@@ -339,7 +339,7 @@ def test_a_run_with_weights_only(finished, start, refused, monkeypatch, capsys):
 def test_a_run_without_a_checkpoint(finished, start, refused):
     folder = Path(shutil.copytree(finished, "a_run"))
     (folder / "checkpoint.pt").unlink()
-    refused("qflow", "--evaluate", folder, says=["a_run: was stopped before its first checkpoint"])
+    refused("qflow", "--evaluate", folder, says=["a_run: has no checkpoint.pt"])
     text = (folder / "config.json").read_text()
     for content in ("", text[: len(text) // 2], "[]", "3", "{}"):
         (folder / "config.json").write_text(content)
@@ -368,7 +368,7 @@ def test_what_is_done_to_a_file_for_the_reader_is_undone(name, finished, start):
 
 def test_what_a_run_may_change(finished, start, refused, monkeypatch):
     free = {"offline_steps", "eval_interval", "eval_episodes", "log_interval", "compile", "track"}
-    other = {"dataset", "dataset_url", "resume", "evaluate", "video", "normalize_q_loss"}
+    other = {"device", "dataset", "dataset_url", "resume", "evaluate", "video", "normalize_q_loss"}
     saved = json.loads((finished / "config.json").read_text())["args"]
     for name in saved.keys() - free - other:
         flag = "--" + name.replace("_", "-")

@@ -506,6 +506,18 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tmp_path):
         assert not (run.folder / "train.csv").exists()
 
 
+def test_a_run_whose_checkpoint_was_removed_is_not_begun_anew(tmp_path):
+    config = dict(script="x.py", device="cpu")
+    with common.Run(tmp_path / "run", config) as run:
+        run.restore()
+        for step in (1, 2):  # a checkpoint follows each evaluation
+            run.log("eval.csv", {"step": step, "success": 1.0, "return": -3.0})
+    before = (run.folder / "eval.csv").read_bytes()
+    with pytest.raises(common.UserError, match="has no checkpoint.pt"):
+        common.Run(tmp_path / "run", config, resume=True).restore()
+    assert (run.folder / "eval.csv").read_bytes() == before
+
+
 def test_a_mistake_of_ours_is_not_called_a_damaged_run(tmp_path, monkeypatch):
     (tmp_path / "checkpoint.pt").touch()
     monkeypatch.setattr(torch, "load", Mock(side_effect=NameError("name 'stat' is unknown")))
@@ -523,7 +535,7 @@ def test_one_process_writes_to_a_run_folder_at_a_time(tmp_path):
 def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     run = common.Run(tmp_path / "run", dict(script="x.py"))
     run.save(step=1, nets=torch.nn.Linear(2, 3).state_dict())
-    with pytest.raises(common.UserError, match="step 7: critic_loss is nan.* --lr"):
+    with pytest.raises(common.Diverged, match="step 7: critic_loss is nan.* lower learning rate"):
         run.log("train.csv", dict(step=7, q_mean=0.0, critic_loss=float("nan"), policy_loss=1.0))
     with pytest.raises(common.UserError, match="step 8: policy_loss is -inf"):
         row = dict(step=8, q_mean=0.0, critic_loss=0.0, policy_loss=float("-inf"))
@@ -531,7 +543,7 @@ def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     run.log("eval.csv", dict(step=8, success=float("nan"), train_return=float("nan")))  # unknown
     nets = torch.nn.Linear(2, 3)
     nets.bias.data[1] = float("nan")
-    with pytest.raises(common.UserError, match="step 9: bias is not finite"):
+    with pytest.raises(common.Diverged, match="step 9: bias is not finite"):
         run.save(step=9, nets=nets.state_dict())
     assert torch.load(run.folder / "checkpoint.pt", weights_only=True)["step"] == 1
 
