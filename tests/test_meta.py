@@ -44,7 +44,7 @@ class NoOptimizer:
 
 
 def assert_trained(module):
-    """Whether each parameter that is trained has a gradient, on meta like itself."""
+    """Each parameter that is trained has a gradient, on meta like itself."""
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.is_meta, name
