@@ -412,6 +412,7 @@ def test_without_a_way_to_render_the_figures_come_all_the_same(home, whole, monk
 
 FILM = f"""
 import sys
+from pathlib import Path
 import gymnasium
 import common
 import qflow
@@ -420,7 +421,7 @@ nets, args = qflow.load(sys.argv[1])
 _, _, env_id = common.resolve_task("{NAME}")
 env = gymnasium.make(env_id, max_episode_steps=16, render_mode="rgb_array")
 with qflow.SeededReset(env) as env:
-    qflow.film(lambda obs: qflow.act(nets, obs, args), env, 0, sys.argv[2])
+    qflow.film(lambda obs: qflow.act(nets, obs, args), env, 0, Path(sys.argv[2]))
 """
 
 
