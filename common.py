@@ -148,6 +148,8 @@ class Dataset:
     valids: (M,), 0 in the last row of each episode, else 1
     """
 
+    COLUMNS = ("observations", "actions", "rewards", "masks", "valids")
+
     def __init__(self, observations, actions, rewards, masks, valids, device="cpu"):
         arrays = dict(
             observations=observations, actions=actions, rewards=rewards, masks=masks, valids=valids
@@ -170,10 +172,72 @@ class Dataset:
         self.rows = torch.as_tensor(rows, device=device)  # (N,) the row of each transition
         # N on the device: a captured CUDA graph reads it anew, where a Python number is frozen.
         self.count = torch.tensor(len(rows), dtype=torch.float64, device=device)
+        self.num_transitions = len(rows)
+        self.num_rows = len(valids)
+        self.num_given_rows = len(valids)  # the others are what `append` added
         self.num_episodes = len(valids) - len(rows)
+        self.in_episode = False  # whether the next `append` continues the last episode
 
     def __len__(self):
-        return len(self.rows)
+        return self.num_transitions
+
+    def reserve(self, num_transitions):
+        """Allocate room for that many more; not while a CUDA graph reads from the old tensors."""
+
+        def extend(tensor, num_rows):
+            return torch.cat([tensor, tensor.new_zeros(num_rows, *tensor.shape[1:])])
+
+        for name in self.COLUMNS:  # two rows per transition: episodes may have a single step
+            setattr(self, name, extend(getattr(self, name), 2 * num_transitions))
+        self.rows = extend(self.rows, num_transitions)
+
+    def append(self, observation, action, reward, mask, next_observation, done):
+        """Add one step of an episode, which can be sampled from then on.
+
+        It continues the episode of the last call, unless that one was done. mask: as above, so
+        1 if the episode is done only because time is up. Raises ValueError when there is no room.
+        """
+        if self.num_transitions == len(self.rows):
+            raise ValueError(f"no room for transition {self.num_transitions + 1}: reserve more")
+        if not self.in_episode:
+            self.num_rows += 1
+            self.num_episodes += 1
+        row = self.num_rows - 1  # so far the last one of its episode
+        self.observations[row] = torch.as_tensor(observation)
+        self.actions[row] = torch.as_tensor(action)
+        self.rewards[row] = float(reward)
+        self.masks[row] = float(mask)
+        self.valids[row] = 1
+        self.observations[row + 1] = torch.as_tensor(next_observation)
+        self.rows[self.num_transitions] = row
+        self.num_rows += 1
+        self.num_transitions += 1
+        self.count += 1
+        self.in_episode = not done
+
+    def collected(self):
+        """What `append` added, a CPU tensor for each argument of the constructor (name -> tensor).
+
+        None if it added nothing.
+        """
+        if self.num_rows == self.num_given_rows:
+            return None
+        added = slice(self.num_given_rows, self.num_rows)
+        return {name: getattr(self, name)[added].clone().cpu() for name in self.COLUMNS}
+
+    def append_collected(self, collected):
+        """Add what `collected` returned, in room of its own; its last episode is over."""
+        num_rows = len(collected["valids"])
+        rows = self.num_rows + collected["valids"].nonzero()[:, 0]
+        self.reserve(len(rows))
+        for name in self.COLUMNS:
+            getattr(self, name)[self.num_rows : self.num_rows + num_rows] = collected[name]
+        self.rows[self.num_transitions : self.num_transitions + len(rows)] = rows
+        self.num_rows += num_rows
+        self.num_transitions += len(rows)
+        self.num_episodes += num_rows - len(rows)
+        self.count += len(rows)
+        self.in_episode = False
 
     def chunks(self, starts, horizon, discount):
         """Batch of the chunks that start at transitions `starts` (B,), at most N - horizon."""
@@ -216,11 +280,15 @@ def read_ogbench_file(path):
         if damaged_member:
             raise ValueError(f"{damaged_member} is damaged")
         with np.load(path) as file:
-            missing = {"observations", "actions", "terminals", "qpos"} - set(file)
+            # OGBench computes rewards and masks from the positions, unless the file has its own.
+            basis = ("rewards", "masks") if "rewards" in file else ("qpos",)
+            missing = {"observations", "actions", "terminals", *basis} - set(file)
             if missing:
                 raise ValueError(f"has no {', '.join(missing)}")
             source = str(file["source"]) if "source" in file else None
-        return ogbench.load_dataset(path, compact_dataset=True, add_info=True), source
+            own = {name: file[name] for name in basis}
+        data = ogbench.load_dataset(path, compact_dataset=True, add_info=True)
+        return {**data, **own}, source
     except UNREADABLE as error:
         raise UserError(f"{path}: not a usable dataset: {error}") from None
 
@@ -228,7 +296,8 @@ def read_ogbench_file(path):
 def load_dataset(path, env_id, device):
     """A file in OGBench's layout -> (Dataset with the rewards of env_id, where the data are from).
 
-    Raises UserError.
+    A file that has `rewards` and `masks`, as one that was collected online, keeps them. Raises
+    UserError.
     """
     data, source = read_ogbench_file(path)
     with gymnasium.make(env_id) as env:
@@ -238,7 +307,8 @@ def load_dataset(path, env_id, device):
             found = data["observations"].shape[1:] + data["actions"].shape[1:]
             if found != expected:
                 raise ValueError(f"observation, action sizes {found}; {env_id} has {expected}")
-            ogbench.relabel_utils.relabel_dataset(env_id, env, data)  # adds rewards and masks
+            if "rewards" not in data:
+                ogbench.relabel_utils.relabel_dataset(env_id, env, data)  # and masks
             dataset = Dataset(
                 observations=data["observations"],
                 actions=np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5),  # as the authors do
@@ -646,8 +716,11 @@ class Run:
                 means.append(f"{name} {mean:.4g}")
         print(f"mean of the last {len(rows)} evaluations: {', '.join(means)}")
 
-    def plot(self, unit="updates"):
-        """Draw curve.png from the logged rows; `unit` is what their `step` counts."""
+    def plot(self, unit="updates", switch=None):
+        """Draw curve.png from the logged rows; `unit` is what their `step` counts.
+
+        switch: the last step of the offline phase, marked if there are rows after it.
+        """
         from matplotlib.figure import Figure  # here: the import takes a second
 
         evaluations = self.rows["eval.csv"]
@@ -663,6 +736,8 @@ class Run:
         plot_columns(q_axes, training, [name for name in names if name.startswith("q_m")])
         loss_axes.set_yscale("symlog", linthresh=1e-2)  # a policy's loss can be negative
         for axes in (score_axes, loss_axes, q_axes):
+            if switch is not None and evaluations[-1]["step"] > switch:
+                axes.axvline(switch / 1000, color="black", linestyle="--", linewidth=1)
             axes.set_xlabel(f"thousand {unit}")
             axes.grid(alpha=0.3)
         with disk_errors(self.folder):

@@ -874,10 +874,11 @@ def parse_args():
     for prefix, settings in SETTINGS.items():
         if given.env.startswith(prefix):
             default = replace(default, **settings)
+    state = {}
     folder = given.resume or given.evaluate
     if folder:
-        saved = saved_args(common.read_checkpoint(folder, Path(__file__).name))
-        default = replace(saved, resume="", evaluate="", video=False)
+        state = common.read_checkpoint(folder, Path(__file__).name)
+        default = replace(saved_args(state), resume="", evaluate="", video=False)
         if given.evaluate:
             default = replace(default, device="auto")
     args = tyro.cli(Args, default=default, description=description)
@@ -887,7 +888,9 @@ def parse_args():
         raise common.UserError("--resume and --evaluate exclude each other")
     if args.video and not args.evaluate:
         raise common.UserError("--video: needs --evaluate RUN")
-    may_change = MAY_CHANGE_ON_RESUME if args.resume else MAY_CHANGE_ON_EVALUATE
+    may_change = set(MAY_CHANGE_ON_RESUME if args.resume else MAY_CHANGE_ON_EVALUATE)
+    if state.get("collected"):  # the online phase has begun
+        may_change.discard("offline_steps")
     for name, value in vars(args).items():
         before = getattr(default, name)
         if folder and value != before and name not in may_change:

@@ -63,7 +63,9 @@ class Args:
     device: str = "auto"
     """auto (CUDA if available), cpu, cuda or cuda:N"""
     offline_steps: int = 1_000_000
-    """number of updates"""
+    """number of updates on the dataset"""
+    online_steps: int = 0
+    """number of updates after that, each after one step in the environment, which joins the data"""
     batch_size: int = 256
     """transitions (or chunks) per update"""
     lr: float = 3e-4
@@ -85,7 +87,7 @@ class Args:
     time_dim: int = 64
     """size of the value's Fourier embedding of flow time"""
     eval_interval: int = 100_000
-    """updates between evaluations (the last update is always evaluated)"""
+    """updates between evaluations (the last update of a phase is always evaluated)"""
     eval_episodes: int = 50
     """episodes per evaluation"""
     log_interval: int = 500
@@ -114,7 +116,11 @@ def check_args(args):
             flag = name.replace("_", "-")
             raise common.UserError(f"--{flag} {getattr(args, name)}: must be {rule}")
 
-    for name in ("offline_steps", "eval_interval", "eval_episodes", "log_interval"):
+    for name in ("offline_steps", "online_steps"):
+        require(0 <= getattr(args, name) <= 1e9, name, "between 0 and 1e9")
+    has_steps = args.offline_steps + args.online_steps > 0
+    require(has_steps, "offline_steps", "positive, or --online-steps must be")
+    for name in ("eval_interval", "eval_episodes", "log_interval"):
         require(1 <= getattr(args, name) <= 1e9, name, "between 1 and 1e9")
     require(1 <= args.batch_size <= 1e6, "batch_size", "between 1 and 1e6")
     for name in ("flow_steps", "horizon", "time_dim"):
@@ -487,6 +493,52 @@ def evaluate(policy, envs, num_episodes, seed):
 # ------------------------------------------------------------------------------------- training
 
 
+class Collector:
+    """Plays episodes with the policy, one step per call, and appends each step to the dataset.
+
+    env: one environment whose steps have `success` in their info, if it knows any.
+    """
+
+    def __init__(self, env, nets, dataset, args, generator):
+        self.env = env
+        self.nets = nets
+        self.dataset = dataset
+        self.args = args
+        self.generator = generator
+        self.obs = None  # between episodes
+        self.chunk = []  # the actions to come, executed open loop
+        self.episode_return = 0.0
+        self.ended = {"return": [], "success": []}  # of the episodes since the last `results`
+
+    def step(self, seed):
+        """One step in the environment; an episode that begins with it follows from the seed."""
+        if self.obs is None:
+            self.obs, _ = self.env.reset(seed=seed)
+        if not self.chunk:
+            self.chunk = list(act(self.nets, self.obs[None], self.args, self.generator)[0])
+        action = self.chunk.pop(0)
+        next_obs, reward, terminated, truncated, info = self.env.step(action)
+        done = terminated or truncated
+        mask = 1.0 - terminated  # the future counts where an episode ends because time is up
+        self.dataset.append(self.obs, action, reward, mask, next_obs, done)
+        self.obs = next_obs
+        self.episode_return += reward
+        if done:
+            self.ended["return"].append(self.episode_return)
+            self.ended["success"].append(info.get("success", math.nan))
+            self.obs = None
+            self.chunk = []
+            self.episode_return = 0.0
+
+    def results(self):
+        """Mean return and success of the episodes that ended since the last call; NaN if none."""
+        means = {}
+        for name, values in self.ended.items():
+            means[f"train_{name}"] = sum(values) / len(values) if values else math.nan
+            values.clear()
+        return means
+
+
 class CUDAGraph:
     """A function as one CUDA graph: from the fourth call on, its kernels run without any Python.
 
@@ -516,11 +568,12 @@ class CUDAGraph:
         return self.result
 
 
-def train(args, dataset, envs, run):
-    """Train on `dataset`, evaluate in `envs`, write to `run`; returns the networks.
+def train(args, dataset, env, envs, run):
+    """Train on `dataset`, then online in `env`, evaluate in `envs`; returns the networks.
 
-    dataset: common.Dataset. envs: vector environment with autoreset mode SAME_STEP, which
-    `make_envs` sets. Raises ValueError.
+    dataset: common.Dataset; the online phase appends to it. env: one environment. envs: vector
+    environment with autoreset mode SAME_STEP, which `make_envs` sets. run: common.Run. Raises
+    ValueError.
     """
     if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
         raise ValueError(f"autoreset_mode must be SAME_STEP, is {envs.metadata}")
@@ -534,13 +587,20 @@ def train(args, dataset, envs, run):
     optimizer = make_optimizer(nets, args)
     loss = torch.compile(total_loss, fullgraph=True) if args.compile else total_loss
 
-    step = 0
+    step = 0  # one update each; in the online phase, after one step in the environment
+    last_step = args.offline_steps + args.online_steps
     checkpoint = run.restore()
     if checkpoint:
         step = checkpoint["step"]
         nets.load_state_dict(checkpoint["nets"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         generator.set_state(checkpoint["generator"])
+        if checkpoint["collected"]:
+            dataset.append_collected(checkpoint["collected"])
+    del checkpoint  # a second copy of what was collected
+    steps_left = max(0, last_step - step)
+    dataset.reserve(min(args.online_steps, steps_left))
+    collector = Collector(env, nets, dataset, args, generator)
 
     def sample_and_update():
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
@@ -553,19 +613,23 @@ def train(args, dataset, envs, run):
     if args.compile and device.type == "cuda":
         torch.cuda.set_device(device)  # a graph is captured on the current device
         sample_and_update = CUDAGraph(sample_and_update, generator)
-    run.show_progress(step, args.offline_steps, "updates")
+    run.show_progress(step, last_step, "updates")
     logged_step = step
     logged_time = time.perf_counter()
-    while step < args.offline_steps:
+    while step < last_step:
         step += 1
+        if step > args.offline_steps:
+            collector.step(seed=args.seed + step)
         metrics = sample_and_update()
         run.bar.update()
 
-        evaluates = step % args.eval_interval == 0 or step == args.offline_steps
+        ends_phase = step in (args.offline_steps, last_step)
+        evaluates = step % args.eval_interval == 0 or ends_phase
         if evaluates or step % args.log_interval == 0:
             row = dict(step=step)
             for name, value in metrics.items():
                 row[name] = value.item()
+            row.update(collector.results())
             seconds = time.perf_counter() - logged_time
             row["time_updates_per_s"] = round((step - logged_step) / seconds, 1)
             run.log("train.csv", row)
@@ -581,7 +645,7 @@ def train(args, dataset, envs, run):
             for name, values in results.items():
                 row[name] = values.mean().item()
             run.log("eval.csv", row)
-            run.plot()
+            run.plot(switch=args.offline_steps)
             logged_time = time.perf_counter()  # the speed excludes evaluation
 
         if evaluates or run.save_is_due():
@@ -591,6 +655,7 @@ def train(args, dataset, envs, run):
                 nets=nets.state_dict(),
                 optimizer=optimizer.state_dict(),
                 generator=generator.get_state(),
+                collected=dataset.collected(),
             )
     run.finish()
     return nets
@@ -672,10 +737,11 @@ def parse_args():
     for prefix, settings in SETTINGS.items():
         if given.env.startswith(prefix):
             default = replace(default, **settings)
+    state = {}
     folder = given.resume or given.evaluate
     if folder:
-        saved = saved_args(common.read_checkpoint(folder, Path(__file__).name))
-        default = replace(saved, resume="", evaluate="", video=False)
+        state = common.read_checkpoint(folder, Path(__file__).name)
+        default = replace(saved_args(state), resume="", evaluate="", video=False)
         if given.evaluate:
             default = replace(default, device="auto")
     args = tyro.cli(Args, default=default, description=description)
@@ -685,7 +751,9 @@ def parse_args():
         raise common.UserError("--resume and --evaluate exclude each other")
     if args.video and not args.evaluate:
         raise common.UserError("--video: needs --evaluate RUN")
-    may_change = MAY_CHANGE_ON_RESUME if args.resume else MAY_CHANGE_ON_EVALUATE
+    may_change = set(MAY_CHANGE_ON_RESUME if args.resume else MAY_CHANGE_ON_EVALUATE)
+    if state.get("collected"):  # the online phase has begun
+        may_change.discard("offline_steps")
     for name, value in vars(args).items():
         before = getattr(default, name)
         if folder and value != before and name not in may_change:
@@ -811,11 +879,12 @@ def main():
         new_folder = Path(args.run_dir) / f"{name}__{script.stem}__{args.seed}__{started}"
         config = dict(script=script.name, args=vars(args), device=device.type, dataset=description)
         folder = args.resume or new_folder
-        with common.Run(folder, config, bool(args.resume), args.track) as run:
+        run = common.Run(folder, config, bool(args.resume), args.track)
+        with run, SeededReset(make_env()) as env:
             print(f"{name}: {description}")
             print("settings:", ", ".join(f"{name}={value}" for name, value in vars(args).items()))
             print(f"device: {device}, writing to {run.folder}")
-            train(args, dataset, envs, run)
+            train(args, dataset, env, envs, run)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,8 @@ VALUES = {  # flag -> (values that are mistakes, values that are none)
     "seed": ([*NUMBER, -1, 1.5, 2**31], [0, 2**31 - 1]),
     "device": (["", "gpu", "cuda:99", "-1", LONG], ["auto", "cpu"]),
     "offline_steps": COUNT,
-    "online_steps": ([*COUNT[0], 1000], [1001, 10**6]),
+    "online_steps": ([*NUMBER, -1, 1.5, 10**30], [0, 10**6]),
+    "flow_sac online_steps": ([*COUNT[0], 1000], [1001, 10**6]),
     "num_envs": (COUNT[0], [1, 1000]),
     "learning_starts": ([*COUNT[0], 15_000], [1, 14_999]),
     "buffer_size": COUNT,
@@ -176,6 +177,9 @@ def test_command_lines(refused, monkeypatch):
     refused("qflow", "--hiden", 8, says=["--hiden, 8", "Perhaps you meant: --hidden"])
     refused("qflow", "--video", says=["--video: needs --evaluate"])
     refused("qflow", "extra", says=["extra"])
+    refused("fql", "--offline-steps", 0, says=["--offline-steps 0", "or --online-steps must be"])
+    says = ["--env pointmaze-x-v0", "no such environment"]
+    refused("fql", "--env", "pointmaze-x-v0", "--online-steps", 5, says=says)
     refused("fql", "--lam", 1, says=["--lam"])
     refused("flow_sac", "--env", "HalfCheeta-v5", says=["Did you mean: `HalfCheetah`"])
     refused("flow_sac", "--env", "CartPole-v1", says=["requires a Box action space"])
@@ -367,7 +371,8 @@ def test_what_is_done_to_a_file_for_the_reader_is_undone(name, finished, start):
 
 
 def test_what_a_run_may_change(finished, start, refused, monkeypatch):
-    free = {"offline_steps", "eval_interval", "eval_episodes", "log_interval", "compile", "track"}
+    free = {"offline_steps", "online_steps", "eval_interval", "eval_episodes", "log_interval"}
+    free |= {"compile", "track"}
     other = {"device", "dataset", "dataset_url", "resume", "evaluate", "video", "normalize_q_loss"}
     saved = json.loads((finished / "config.json").read_text())["args"]
     for name in saved.keys() - free - other:
@@ -381,7 +386,9 @@ def test_what_a_run_may_change(finished, start, refused, monkeypatch):
         before = tuple(old) if name == "hidden" else old
         says = [flag, new, f": {finished} was trained with {before}"]
         refused("qflow", "--resume", finished, flag, new, says=says)
-    changes = dict(offline_steps=9, eval_interval=3, eval_episodes=1, log_interval=5)
+    changes = dict(
+        offline_steps=9, online_steps=7, eval_interval=3, eval_episodes=1, log_interval=5
+    )
     monkeypatch.setattr(sys, "argv", ["qflow.py", "--resume", str(finished), "--compile"])
     for name, value in changes.items():
         sys.argv += ["--" + name.replace("_", "-"), str(value)]

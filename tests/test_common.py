@@ -122,38 +122,43 @@ def small_dataset():
 
 def start_counts(dataset, batch):
     """How often a batch begins with each transition of the dataset: (N,)."""
-    first_rows = dataset.observations[dataset.rows]
+    first_rows = dataset.observations[dataset.rows[: len(dataset)]]
     is_start = (batch.observations[:, None] == first_rows).all(-1)
     assert (is_start.sum(1) == 1).all()
     return is_start.sum(0)
+
+
+def assert_chunks_are_those_of(data, dataset, horizon):
+    """All chunks of the dataset against brute force on a list of transitions."""
+    assert len(dataset) == dataset.count.item() == len(data["actions"])
+    num_starts = len(data["actions"]) - horizon + 1
+    discount = 0.9
+    batch = dataset.chunks(torch.arange(num_starts), horizon, discount)
+    for i in range(num_starts):
+        reward = 0.0
+        mask = 1.0
+        valid = []
+        alive = True
+        for j in range(horizon):
+            valid.append(float(alive))
+            if alive:
+                reward += discount**j * data["rewards"][i + j]
+                mask *= data["masks"][i + j]
+                last = i + j
+                alive = data["terminals"][i + j] == 0
+        assert batch.valid[i].tolist() == valid
+        assert batch.rewards[i].item() == pytest.approx(reward, rel=1e-5, abs=1e-6)
+        assert batch.masks[i].item() == mask
+        assert np.array_equal(batch.next_observations[i], data["next_observations"][last])
+        assert np.array_equal(batch.observations[i], data["observations"][i])
+        assert np.array_equal(batch.actions[i], data["actions"][i : i + horizon].ravel())
 
 
 @pytest.mark.parametrize("horizon", [1, 2, 3, 7])
 def test_chunks_against_brute_force(horizon):
     for seed in range(20):
         data = random_transitions(np.random.default_rng(seed))
-        dataset = common.Dataset(**compact(**data))
-        num_starts = len(data["actions"]) - horizon + 1
-        discount = 0.9
-        batch = dataset.chunks(torch.arange(num_starts), horizon, discount)
-        for i in range(num_starts):
-            reward = 0.0
-            mask = 1.0
-            valid = []
-            alive = True
-            for j in range(horizon):
-                valid.append(float(alive))
-                if alive:
-                    reward += discount**j * data["rewards"][i + j]
-                    mask *= data["masks"][i + j]
-                    last = i + j
-                    alive = data["terminals"][i + j] == 0
-            assert batch.valid[i].tolist() == valid
-            assert batch.rewards[i].item() == pytest.approx(reward, rel=1e-5, abs=1e-6)
-            assert batch.masks[i].item() == mask
-            assert np.array_equal(batch.next_observations[i], data["next_observations"][last])
-            assert np.array_equal(batch.observations[i], data["observations"][i])
-            assert np.array_equal(batch.actions[i], data["actions"][i : i + horizon].ravel())
+        assert_chunks_are_those_of(data, common.Dataset(**compact(**data)), horizon)
 
 
 def test_sample_draws_all_starts_equally_and_nothing_else():
@@ -195,6 +200,107 @@ def test_sample_reads_rows_and_their_number_anew():
     dataset.observations[dataset.rows[3]] = new_observation
     batch = dataset.sample(1000, 3, 0.9, generator)
     assert (batch.observations == new_observation).all(1).any()
+
+
+class NotInSample(int):
+    """A Python number that must not be looked at: a captured CUDA graph would keep its value."""
+
+    def fail(self, *others):
+        raise AssertionError("a Python number was used")
+
+    __index__ = __int__ = __add__ = __radd__ = __sub__ = __mul__ = __rmul__ = __lt__ = fail
+
+
+def episode(rng, num_steps, terminated):
+    """(observation, action, reward, mask, next observation, done) of each step of an episode."""
+    observations = rng.normal(size=(num_steps + 1, 3)).astype(np.float32)
+    for i in range(num_steps):
+        done = i == num_steps - 1
+        mask = 0.0 if done and terminated else 1.0
+        action = rng.uniform(-1, 1, 2).astype(np.float32)
+        yield observations[i], action, rng.normal(), mask, observations[i + 1], done
+
+
+def with_transitions(data, steps):
+    """The list of transitions `data` and these behind it; the last step ends its episode."""
+    names = ["observations", "actions", "rewards", "masks", "next_observations", "terminals"]
+    columns = dict(zip(names, zip(*steps), strict=True))
+    columns["terminals"] = [*columns["terminals"][:-1], True]
+    return {name: np.concatenate([data[name], columns[name]]) for name in names}
+
+
+@pytest.mark.parametrize("horizon", [1, 5])
+def test_append_against_brute_force(horizon):
+    rng = np.random.default_rng(0)
+    data = random_transitions(rng)
+    dataset = common.Dataset(**compact(**data))
+    num_rows, num_episodes = len(dataset.rewards), dataset.num_episodes
+    steps = [
+        *episode(rng, 7, terminated=True),
+        *episode(rng, 6, terminated=False),  # time is up
+        *episode(rng, 1, terminated=True),
+        *episode(rng, 8, terminated=False),
+    ][:-2]  # the last one is in progress
+    dataset.reserve(len(steps))
+    for i, step in enumerate(steps):
+        dataset.append(*step)
+        assert_chunks_are_those_of(with_transitions(data, steps[: i + 1]), dataset, horizon)
+    assert dataset.num_episodes == num_episodes + 4
+    assert dataset.num_rows == num_rows + len(steps) + 4  # a row per observation
+    with pytest.raises(ValueError, match="no room for transition 38"):
+        dataset.append(*steps[0])
+
+
+@pytest.mark.parametrize("horizon", [1, 5])
+def test_appended_steps_are_sampled_without_a_number_of_python(horizon):
+    rng = np.random.default_rng(1)
+    dataset = small_dataset()
+    dataset.reserve(9)
+    tensors = [getattr(dataset, name) for name in (*dataset.COLUMNS, "rows", "count")]
+    generator = torch.Generator().manual_seed(0)
+    for step in (*episode(rng, 4, terminated=True), *episode(rng, 5, terminated=False)):
+        dataset.append(*step)
+        frozen = {name: x for name, x in vars(dataset).items() if type(x) is int}
+        vars(dataset).update({name: NotInSample(x) for name, x in frozen.items()})
+        batch = dataset.sample(4000, horizon, 0.9, generator)
+        vars(dataset).update(frozen)
+        counts = start_counts(dataset, batch)
+        num_starts = len(dataset) - horizon + 1
+        assert (counts[:num_starts] > 0).all() and counts[num_starts:].sum() == 0
+        if horizon == 1:
+            last = torch.as_tensor(step[4])
+            assert (batch.next_observations == last).all(1).any()
+    assert frozen.keys() >= {"num_transitions", "num_rows"}
+    for tensor, name in zip(tensors, (*dataset.COLUMNS, "rows", "count")):
+        assert getattr(dataset, name) is tensor  # a captured graph reads from it
+
+
+def test_what_was_appended_can_be_saved_and_appended_elsewhere():
+    rng = np.random.default_rng(0)
+    data = random_transitions(rng)
+    dataset, other = (common.Dataset(**compact(**data)) for _ in range(2))
+    assert dataset.collected() is None
+    steps = [*episode(rng, 3, terminated=True), *episode(rng, 5, terminated=False)][:-2]
+    dataset.reserve(100)
+    for step in steps:
+        dataset.append(*step)
+    collected = dataset.collected()
+    assert [len(x) for x in collected.values()] == [8] * 5  # 6 transitions of 2 episodes
+    assert collected["observations"].untyped_storage().nbytes() == 8 * 3 * 4  # not all of the data
+
+    other.append_collected(collected)
+    other.reserve(2)
+    more = list(episode(rng, 2, terminated=True))
+    other.append(*more[0])
+    steps[-1] = (*steps[-1][:-1], True)  # the episode that was in progress ends there
+    for horizon in (1, 5):
+        expected = with_transitions(data, [*steps, more[0]])
+        assert_chunks_are_those_of(expected, other, horizon)
+    assert other.num_episodes == dataset.num_episodes + 1
+    other.append(*more[1])
+    again = other.collected()
+    assert len(again["valids"]) == 8 + 3
+    assert all(torch.equal(again[name][:8], x) for name, x in collected.items())
 
 
 def test_a_million_antmaze_transitions_fit_in_a_third_of_a_gigabyte():
@@ -321,6 +427,24 @@ def test_a_file_without_its_last_row_and_one_without_any(collected, tmp_path, ro
         arrays = {name: array[:rows] if array.ndim else array for name, array in file.items()}
     np.savez(tmp_path / "cut.npz", **arrays)
     assert words in load_error(tmp_path / "cut.npz")
+
+
+def test_a_file_with_rewards_keeps_them(collected, tmp_path):
+    with np.load(collected) as file:
+        arrays = {name: file[name] for name in ("observations", "actions", "terminals")}
+    path = tmp_path / "online.npz"
+    n = len(arrays["terminals"])
+    rewards = np.arange(n, dtype=np.float32)
+    common.write_dataset(path, "collected online", dict(arrays, rewards=rewards, masks=rewards > 5))
+    dataset, source = common.load_dataset(path, ENV_ID, "cpu")
+    assert source == "collected online" and dataset.rewards.tolist() == rewards.tolist()
+    assert dataset.masks.tolist() == (rewards > 5).tolist()
+    common.write_dataset(path, "collected online", dict(arrays, rewards=rewards))
+    with pytest.raises(common.UserError, match=f"{path}: not a usable dataset: has no masks"):
+        common.load_dataset(path, ENV_ID, "cpu")
+    common.write_dataset(path, "", dict(arrays, rewards=rewards[1:], masks=rewards))
+    with pytest.raises(common.UserError, match="rewards has the wrong length"):
+        common.load_dataset(path, ENV_ID, "cpu")
 
 
 def test_files_that_are_damaged_or_something_else(collected, tmp_path):

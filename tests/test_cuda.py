@@ -133,14 +133,14 @@ def test_compiled_and_captured_updates_are_the_plain_ones(method):
 
 @pytest.mark.parametrize("method", [qflow, fql])
 def test_a_captured_run_evaluates_and_goes_on_where_it_stopped(method, tmp_path):
-    dataset = random_dataset(3, 1)
-
     def pendulum():
         return gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1.0, 1.0)
 
     def train(name, steps, compiles, resume=False):
+        dataset = random_dataset(3, 1)
         args = method.Args(
-            offline_steps=steps,
+            offline_steps=50,
+            online_steps=steps - 50,
             eval_interval=50,
             eval_episodes=2,
             log_interval=10,
@@ -153,7 +153,7 @@ def test_a_captured_run_evaluates_and_goes_on_where_it_stopped(method, tmp_path)
             closing(method.make_envs(pendulum, 2)) as envs,
             common.Run(tmp_path / name, config, resume) as run,
         ):
-            nets = method.train(args, dataset, envs, run)
+            nets = method.train(args, dataset, method.SeededReset(pendulum()), envs, run)
         return run, flat(nets)
 
     plain, expected_parameters = train("plain", 100, compiles=False)

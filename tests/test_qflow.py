@@ -12,6 +12,7 @@ import torch
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import common
+import fql
 import qflow
 
 SMALL = dict(hidden=(32, 32), time_dim=8, flow_steps=5)
@@ -328,13 +329,62 @@ def test_reset_without_a_seed_draws_a_new_episode():
 # ------------------------------------------------------------------------------------- training
 
 
+@pytest.mark.parametrize("method", [qflow, fql])
+@pytest.mark.parametrize("horizon", [1, 3])
+def test_the_collector_plays_chunks_open_loop_and_appends_each_step(method, horizon, monkeypatch):
+    env = Script()
+    one = np.array([1, 0])
+    dataset = common.Dataset(np.zeros((2, 1)), np.zeros((2, 2)), one, one, one)
+    dataset.reserve(60)
+
+    def act(nets, obs, args, generator):  # which step it was planned at, and the place in the chunk
+        assert (nets, args, generator) == ("nets", "args", "generator") and obs.shape == (1, 1)
+        return np.stack([np.full(horizon, obs[0, 0] / 10), np.arange(horizon) / 10], 1)[None]
+
+    monkeypatch.setattr(method, "act", act)
+    collector = method.Collector(env, "nets", dataset, "args", "generator")
+    assert np.isnan(list(collector.results().values())).all() and env.episodes == []
+    for i in range(60):
+        collector.step(seed=i)
+    added = dataset.collected()
+    ends = np.flatnonzero(added["valids"].numpy() == 0)
+    assert len(ends) == len(env.episodes) and len(added["valids"]) == 60 + len(ends)
+    first = 0
+    for actions, end in zip(env.episodes, ends):
+        n = len(actions)
+        steps = np.arange(n)
+        planned = np.stack([steps // horizon * horizon, steps % horizon], 1) / 10
+        assert np.allclose(actions, planned) and np.allclose(added["actions"][first:end], planned)
+        assert added["observations"][first : end + 1, 0].tolist() == list(range(n + 1))
+        if n == 1 and end != ends[-1]:
+            assert added["masks"][first] == 0  # terminated
+        elif n == 7:
+            assert added["masks"][first:end].all()  # time is up
+        first = end + 1
+    lengths = [len(actions) for actions in env.episodes]
+    if collector.obs is not None:
+        lengths.pop()  # in progress
+    assert set(lengths) == {1, 7}
+    results = collector.results()
+    assert results["train_return"] == pytest.approx(np.mean(lengths))
+    assert results["train_success"] == pytest.approx(np.mean([n == 1 for n in lengths]))
+    assert np.isnan(collector.results()["train_success"])
+
+    other = Script()  # the same seeds, the same episodes
+    dataset.reserve(60)
+    collector = method.Collector(other, "nets", dataset, "args", "generator")
+    for i in range(60):
+        collector.step(seed=i)
+    assert other.episodes == env.episodes
+
+
 def test_the_same_seed_gives_the_same_curve(tmp_path):
     path = tmp_path / "data.npz"
     common.collect_pointmaze("pointmaze-medium-navigate-v0", path, num_episodes=2, workers=1)
     *_, env_id = common.resolve_task("pointmaze-medium-navigate-v0")
-    dataset, _ = common.load_dataset(path, env_id, "cpu")
 
     def train(name, disturb, seed=0, log_interval=5):
+        dataset, _ = common.load_dataset(path, env_id, "cpu")
         torch.manual_seed(disturb)
         np.random.seed(disturb)
         args = qflow.Args(
@@ -342,13 +392,18 @@ def test_the_same_seed_gives_the_same_curve(tmp_path):
             seed=seed,
             horizon=2,
             offline_steps=25,
-            eval_interval=10,
+            online_steps=70,
+            eval_interval=50,
             eval_episodes=3,
             log_interval=log_interval,
         )
-        envs = qflow.make_envs(lambda: gymnasium.make(env_id, max_episode_steps=60), 2)
+
+        def make_env():
+            return gymnasium.make(env_id, max_episode_steps=30)
+
+        envs = qflow.make_envs(make_env, 2)
         with common.Run(tmp_path / name, dict(script="qflow.py", args=vars(args))) as run:
-            nets = qflow.train(args, dataset, envs, run)
+            nets = qflow.train(args, dataset, qflow.SeededReset(make_env()), envs, run)
         envs.close()
         files = {}
         for file_name in ("train.csv", "eval.csv"):
@@ -366,14 +421,19 @@ def test_the_same_seed_gives_the_same_curve(tmp_path):
     assert files == again and files["train.csv"] != other["train.csv"]
     assert often["eval.csv"] == files["eval.csv"]
     assert all(torch.equal(x, y) for x, y in zip(nets.parameters(), its_nets.parameters()))
-    assert [row["step"] for row in files["train.csv"]] == ["5", "10", "15", "20", "25"]
-    assert [row["step"] for row in often["train.csv"]] == "4 8 10 12 16 20 24 25".split()
-    assert [row["step"] for row in files["eval.csv"]] == ["10", "20", "25"]
+    assert [int(row["step"]) for row in files["train.csv"]] == list(range(5, 96, 5))
+    steps = sorted({*range(4, 96, 4), 25, 50, 95})
+    assert [int(row["step"]) for row in often["train.csv"]] == steps
+    assert [row["step"] for row in files["eval.csv"]] == ["25", "50", "95"]  # 25: the switch
+    returns = {int(row["step"]): float(row["train_return"]) for row in files["train.csv"]}
+    assert {step: x for step, x in returns.items() if not np.isnan(x)} == {55: -30, 85: -30}
+    assert [row["train_success"] for row in files["train.csv"]].count("0.0") == 2
     assert list(files["eval.csv"][0]) == ["step", "episodes", "success", "return", "length"]
     assert all(0 <= float(row["success"]) <= 1 for row in files["eval.csv"])
 
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 25 and {"nets", "optimizer"} < set(state)
+    assert state["step"] == 95 and {"nets", "optimizer"} < set(state)
+    assert state["collected"]["valids"].tolist() == ([1] * 30 + [0]) * 2 + [1] * 10 + [0]
     for name, value in nets.state_dict().items():
         assert torch.equal(state["nets"][name], value)
 

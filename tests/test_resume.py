@@ -32,6 +32,7 @@ SMALL = "--device cpu --hidden 16 16 --batch-size 16 --eval-episodes 2 --seed 3"
 OFFLINE = f"{SMALL} --offline-steps 60 --eval-interval 30 --log-interval 7 --horizon 2".split()
 ONLINE = f"""{SMALL} --online-steps 400 --eval-interval 100 --log-interval 25 --learning-starts 50
     --env Hopper-v5 --num-envs 2 --policy-width 8""".split()
+BOTH = [*OFFLINE, "--online-steps", "240"]  # one phase after the other
 RUNS = {"qflow": [*OFFLINE, "--time-dim", "4"], "fql": OFFLINE, "flow_sac": ONLINE}
 MODULES = {"qflow": qflow, "fql": fql, "flow_sac": flow_sac}
 
@@ -199,6 +200,56 @@ def test_a_killed_online_run_goes_on_with_its_weights_counts_and_buffer(home, ca
         assert steps == sorted(set(steps)) and steps[-1] == 400
         assert np.diff(steps).max() <= interval + 1  # two steps at a time
     assert not torch.equal(after["generator"], before["generator"])
+
+
+@pytest.mark.parametrize("script", ["qflow", "fql"])
+def test_killed_in_the_online_phase_it_keeps_what_it_collected(script, home, call, tmp_path):
+    process = start(home, script, *BOTH, "--run-dir", tmp_path)
+
+    def is_online():
+        return any(len(rows(path.parent, "eval.csv")) > 5 for path in tmp_path.glob("*/eval.csv"))
+
+    wait_for(process, is_online)  # after step 150
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=100)
+    (folder,) = tmp_path.iterdir()
+    before = read(folder)
+    step = before["step"]
+    assert step in range(120, 300, 30)
+    kept = before["collected"]
+    assert kept["valids"].tolist() == [1] * (step - 60) + [0]  # one episode so far
+    logged = {name: rows(folder, name) for name in ("train.csv", "eval.csv")}
+
+    with pytest.raises(common.UserError, match="--offline-steps 61: .* was trained with 60"):
+        call(script, "--resume", folder, "--offline-steps", 61)
+    call(script, "--resume", folder)
+    after = read(folder)
+    assert after["step"] == 300
+    valids = [1] * (step - 60) + [0] + [1] * (300 - step) + [0]  # then another one
+    assert after["collected"]["valids"].tolist() == valids
+    for name, tensor in kept.items():
+        assert torch.equal(after["collected"][name][: len(tensor)], tensor), name
+    for name, interval in (("train.csv", 7), ("eval.csv", 30)):
+        expected = [row for row in logged[name] if not row[0].isdigit() or int(row[0]) <= step]
+        found = rows(folder, name)
+        assert found[: len(expected)] == expected
+        steps = {*range(interval, 301, interval), *range(30, 301, 30)}
+        assert [int(row[0]) for row in found[1:]] == sorted(steps)
+    call(script, "--resume", folder, "--online-steps", 100)  # fewer than there are: nothing to do
+    assert after["step"] == read(folder)["step"]
+
+
+@pytest.mark.parametrize("script", ["qflow", "fql"])
+def test_going_online_later_is_going_online_at_once(script, call, whole, tmp_path):
+    at_once, later = tmp_path / "at_once", tmp_path / "later"
+    call(script, *RUNS[script], "--online-steps", 40, "--run-dir", at_once)
+    (at_once,) = at_once.iterdir()
+    shutil.copytree(whole[script], later)
+    call(script, "--resume", later, "--online-steps", 40)
+    assert_same_run(later, at_once)
+    collected, expected = read(later)["collected"], read(at_once)["collected"]
+    assert len(collected["valids"]) == 41
+    assert all(torch.equal(collected[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("script", ["fql", "flow_sac"])

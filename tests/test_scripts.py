@@ -22,6 +22,8 @@ import qflow
 ROOT = Path(__file__).parent.parent
 NAME = "pointmaze-medium-navigate-v0"
 
+ONLINE_COLUMNS = ["train_return", "train_success"]
+
 # Starts a script as `python SCRIPT FLAGS` does; where none is there, it collects a small dataset.
 START = """
 import functools, runpy, sys
@@ -129,8 +131,8 @@ def test_the_default_runs_and_leaves_its_results(tmp_path):
     assert config["dataset"].startswith(description)
     rows = read_rows(folder / "train.csv")
     assert [row["step"] for row in rows] == ["15", "20", "30", "40"]  # also where it evaluates
-    columns = "step critic_loss q_mean q_min q_max value_loss policy_loss time_updates_per_s"
-    assert list(rows[0]) == columns.split()
+    columns = "step critic_loss q_mean q_min q_max value_loss policy_loss"
+    assert list(rows[0]) == [*columns.split(), *ONLINE_COLUMNS, "time_updates_per_s"]
     for row in rows:
         for name in ("critic_loss", "value_loss", "policy_loss"):
             assert 0 < float(row[name]) < 1e6
@@ -146,9 +148,34 @@ def test_the_default_runs_and_leaves_its_results(tmp_path):
     assert "collecting" not in result.stderr and "20/20" in result.stderr
     (folder,) = (tmp_path / "runs").glob("*__fql__0__*")
     (row,) = read_rows(folder / "train.csv")
-    columns = "step critic_loss q_mean q_min q_max flow_loss distill_loss q_loss time_updates_per_s"
-    assert list(row) == columns.split() and row["step"] == "20"
+    columns = "step critic_loss q_mean q_min q_max flow_loss distill_loss q_loss"
+    assert list(row) == [*columns.split(), *ONLINE_COLUMNS, "time_updates_per_s"]
+    assert row["step"] == "20" and [row[name] for name in ONLINE_COLUMNS] == ["nan", "nan"]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 20
+
+
+@pytest.mark.parametrize("script, offline_steps", [("qflow", 30), ("fql", 0)])
+def test_offline_to_online(script, offline_steps, dataset_file, tmp_path):
+    flags = "--log-interval 500 --eval-interval 600 --eval-episodes 2 --batch-size 16".split()
+    flags += ["--hidden", 16, 16, "--offline-steps", offline_steps, "--online-steps", 1100]
+    result = start(tmp_path, f"{script}.py", *flags, "--dataset", dataset_file)
+    total = offline_steps + 1100
+    assert f"{total}/{total}" in result.stderr and "Warn" not in result.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    rows = read_rows(folder / "train.csv")
+    switch = [30] if offline_steps else []
+    assert [int(row["step"]) for row in rows] == [*switch, 500, 600, 1000, total]
+    ends = [int(row["step"]) >= offline_steps + 1000 for row in rows]  # of the first episode
+    (row,) = [row for row in rows if row["train_return"] != "nan"]
+    assert row is rows[ends.index(True)]
+    assert -1000 <= float(row["train_return"]) <= 0 and float(row["train_success"]) in (0, 1)
+    rows = read_rows(folder / "eval.csv")
+    assert [int(row["step"]) for row in rows] == [*switch, 600, total]
+    assert (folder / "curve.png").stat().st_size > 10_000
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    collected = state["collected"]
+    assert state["step"] == total and collected["valids"].sum() == 1100
+    assert collected["observations"].abs().min() > 0 and collected["actions"].abs().max() <= 1
 
 
 def test_sac_flow_runs_online(tmp_path):

@@ -21,7 +21,9 @@ DIFFERENT_BLOCKS = {
     ("qflow", "flow_sac"): OWN | OWN_OF_FLOW_SAC,
     ("fql", "flow_sac"): OWN | OWN_OF_FLOW_SAC,
 }
-FLAGS_OF_FLOW_SAC = set("env seed batch_size hidden flow_steps eval_interval log_interval".split())
+FLAGS_OF_FLOW_SAC = set(
+    "env seed online_steps batch_size hidden flow_steps eval_interval log_interval".split()
+)
 DIFFERENT_FLAGS = {
     ("qflow", "fql"): set(),
     ("qflow", "flow_sac"): FLAGS_OF_FLOW_SAC,
