@@ -14,10 +14,14 @@ noise, x_1 an action of the dataset and x_t = (1 - t) x_0 + t x_1, the three net
     velocity  v(s, x_t, t)  =  x_1 - x_0
     one_step  mu(s, z)      minimises  alpha * mean (mu - flow's action from z)^2 - Q(s, clip(mu))
 
+After the offline phase (--offline-steps) there may be an online one (--online-steps): before each
+further update the policy takes one step in the environment, which joins the dataset.
+
 Park, Li, Levine: Flow Q-Learning, ICML 2025, https://arxiv.org/abs/2502.02538
 
-    python fql.py                                    # pointmaze, on data collected on the spot
-    python fql.py --env antmaze-giant-navigate-v0    # with the paper's settings
+    python fql.py                                     # pointmaze, on data collected on the spot
+    python fql.py --env antmaze-giant-navigate-v0     # with the paper's settings
+    python fql.py --resume RUN --online-steps 200000  # a finished run, now online
 """
 
 import copy

@@ -14,11 +14,15 @@ notation, with x_0 noise, x_1 an action of the dataset and x_t = (1 - t) x_0 + t
     value     V(s, x_t, t)  =  Q'(s, y),  y the action to which the policy's flow takes x_t
     velocity  v(s, x_t, t)  =  x_1 - x_0 + 1 / lam * grad_x V(s, x_t, t)
 
+After the offline phase (--offline-steps) there may be an online one (--online-steps): before each
+further update the policy takes one step in the environment, which joins the dataset.
+
 Doo, Jeon, Ye, Lee, Seo: Q-Flow: Stable and Expressive Reinforcement Learning with Flow-Based
 Policy, ICML 2026, https://arxiv.org/abs/2605.13435
 
-    python qflow.py                                    # pointmaze, on data collected on the spot
-    python qflow.py --env antmaze-giant-navigate-v0    # with the paper's settings
+    python qflow.py                                     # pointmaze, on data collected on the spot
+    python qflow.py --env antmaze-giant-navigate-v0     # with the paper's settings
+    python qflow.py --resume RUN --online-steps 200000  # a finished run, now online
 """
 
 import copy
