@@ -1,0 +1,139 @@
+"""Collects a cube-, scene- or puzzle-*-play dataset by OGBench's protocol, in its files' layout.
+
+    python results/collect_play.py cube-single-play-v0
+
+An episode of 1,001 steps is one random task after the other, each carried out by OGBench's own
+scripted oracle with smooth noise of 0.1 on its plan. A thousand episodes are the million
+transitions of the official files. This is not the official file: say so beside every number that
+comes from it.
+"""
+
+import functools
+import multiprocessing
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import tyro
+from ogbench.manipspace.oracles.plan.button_plan import ButtonPlanOracle
+from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle
+from ogbench.manipspace.oracles.plan.drawer_plan import DrawerPlanOracle
+from ogbench.manipspace.oracles.plan.window_plan import WindowPlanOracle
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
+
+NAMES = "cube-(single|double|triple|quadruple)|scene|puzzle-(3x3|4x4|4x5|4x6)"
+
+# The probability that a cube is to be put on another one is drawn from this range in each episode.
+STACKING = dict(single=(0.0, 0.0), double=(0.0, 0.25), triple=(0.05, 0.35), quadruple=(0.1, 0.5))
+
+
+@dataclass
+class Args:
+    name: tyro.conf.Positional[str]
+    """cube-single-play-v0, scene-play-v0, puzzle-3x3-play-v0 and the like"""
+    out: Path = Path(".")
+    """folder for NAME.npz"""
+    episodes: int = 1000
+    """each has 1,000 transitions"""
+    seed: int = 0
+    """of everything random"""
+
+
+@functools.cache
+def make(env_id):
+    """The environment, and OGBench's oracles for it (kind of task -> oracle)."""
+    options = dict(terminate_at_goal=False, mode="data_collection", max_episode_steps=1001)
+    env = gymnasium.make(env_id, **options)
+    noise = dict(env=env, noise=0.1, noise_smoothing=0.5)
+    if env_id.startswith("puzzle"):
+        return env, dict(button=ButtonPlanOracle(gripper_always_closed=True, **noise))
+    oracles = dict(cube=CubePlanOracle(**noise))
+    if env_id.startswith("scene"):
+        oracles["button"] = ButtonPlanOracle(**noise)
+        oracles["drawer"] = DrawerPlanOracle(**noise)
+        oracles["window"] = WindowPlanOracle(**noise)
+    return env, oracles
+
+
+def play(env, oracles, rng, env_id):
+    """One episode: a list of rows (name -> value) of OGBench's layout."""
+    seed = int(rng.integers(2**31))
+    np.random.seed(seed)  # environment and oracles draw from NumPy's global generator
+    env.action_space.seed(seed)
+    obs, info = env.reset(seed=seed)
+    low, high = STACKING.get(env_id.split("-")[1], (0.5, 0.5))
+    p_stack = rng.uniform(low, high)
+    oracle = oracles[info["privileged/target_task"]]
+    oracle.reset(obs, info)
+    rows = []
+    done = False
+    while not done:
+        action = np.clip(oracle.select_action(obs, info), -1, 1)
+        next_obs, _, terminated, truncated, info = env.step(action)
+        done = terminated or truncated
+        if oracle.done:
+            task_obs, task_info = env.unwrapped.set_new_target(p_stack=p_stack)
+            oracle = oracles[task_info["privileged/target_task"]]
+            oracle.reset(task_obs, task_info)
+        row = dict(observations=obs, actions=action, terminals=done)
+        for name in ("qpos", "qvel", "button_states"):
+            if f"prev_{name}" in info:
+                row[name] = np.array(info[f"prev_{name}"])
+        rows.append(row)
+        obs = next_obs
+    return rows
+
+
+def cube_is_hidden(qpos):
+    """Whether the cube of a scene is ever where a camera does not see it; qpos: (N, ...)."""
+    y = qpos[:, 15]
+    z = qpos[:, 16]
+    in_drawer = (y <= -0.3) & ((z < 0.06) | (z > 0.08))
+    return ((y >= 0.29) | in_drawer).any()
+
+
+def collect(job):
+    """One episode (Gymnasium id, seed) -> arrays of OGBench's layout."""
+    env_id, seed = job
+    env, oracles = make(env_id)
+    for attempt in range(100):
+        rows = play(env, oracles, np.random.default_rng([*seed, attempt]), env_id)
+        arrays = {}
+        for name in rows[0]:
+            arrays[name] = np.stack([row[name] for row in rows]).astype(np.float32)
+        if not (env_id.startswith("scene") and cube_is_hidden(arrays["qpos"])):
+            arrays["terminals"] = arrays["terminals"].astype(bool)
+            if "button_states" in arrays:
+                arrays["button_states"] = arrays["button_states"].astype(np.int64)
+            return arrays
+    raise RuntimeError(f"seed {seed}: the cube was hidden in each of 100 attempts")
+
+
+def main():
+    args = tyro.cli(Args, description=__doc__)
+    if not re.fullmatch(f"({NAMES})-play-v0", args.name):
+        sys.exit(f"{args.name}: must be one of {NAMES}, with -play-v0")
+    env_id = args.name.replace("-play", "")
+    jobs = [(env_id, [args.seed, episode]) for episode in range(args.episodes)]
+    with multiprocessing.Pool(None, common.leave_signals_to_main) as pool:
+        results = pool.imap(collect, jobs)
+        episodes = list(tqdm(results, args.name, args.episodes, unit=" episodes"))
+    data = {}
+    for name in episodes[0]:
+        data[name] = np.concatenate([episode[name] for episode in episodes])
+    source = f"collected by OGBench's protocol, {args.episodes} episodes, seed {args.seed}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{args.name}.npz"
+    common.write_dataset(path, f"{source}; not the official file", data)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, float64 spaces
+    main()
