@@ -526,10 +526,10 @@ class Collector:
         mask = 1.0 - terminated  # the future counts where an episode ends because time is up
         self.dataset.append(self.obs, action, reward, mask, next_obs, done)
         self.obs = next_obs
-        self.episode_return += reward
+        self.episode_return += float(reward)
         if done:
             self.ended["return"].append(self.episode_return)
-            self.ended["success"].append(info.get("success", math.nan))
+            self.ended["success"].append(float(info.get("success", math.nan)))
             self.obs = None
             self.chunk = []
             self.episode_return = 0.0

@@ -267,7 +267,8 @@ class Script(gymnasium.Env):
         actions.append(action.tolist())
         obs = np.full(1, len(actions), np.float32)
         over = len(actions) >= (1 if self.short else 7)
-        return obs, 1.0, over and self.short, over and not self.short, {"success": self.short}
+        info = {"success": np.bool_(self.short)}
+        return obs, np.float64(1), over and self.short, over and not self.short, info
 
 
 @pytest.mark.parametrize("horizon", [1, 3])
@@ -368,6 +369,7 @@ def test_the_collector_plays_chunks_open_loop_and_appends_each_step(method, hori
     results = collector.results()
     assert results["train_return"] == pytest.approx(np.mean(lengths))
     assert results["train_success"] == pytest.approx(np.mean([n == 1 for n in lengths]))
+    assert all(type(x) is float for x in results.values())  # a checkpoint cannot hold NumPy's
     assert np.isnan(collector.results()["train_success"])
 
     other = Script()  # the same seeds, the same episodes
