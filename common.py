@@ -182,28 +182,39 @@ class Dataset:
         return self.num_transitions
 
     def reserve(self, num_transitions):
-        """Allocate room for that many more; not while a CUDA graph reads from the old tensors."""
+        """Make room for that many more transitions. Raises MemoryError.
+
+        It replaces the tensors, so call it before a CUDA graph is captured.
+        """
 
         def extend(tensor, num_rows):
-            return torch.cat([tensor, tensor.new_zeros(num_rows, *tensor.shape[1:])])
+            extended = tensor.new_zeros(len(tensor) + num_rows, *tensor.shape[1:])
+            extended[: len(tensor)] = tensor
+            return extended
 
-        for name in self.COLUMNS:  # two rows per transition: episodes may have a single step
-            setattr(self, name, extend(getattr(self, name), 2 * num_transitions))
-        self.rows = extend(self.rows, num_transitions)
+        if num_transitions == 0:
+            return
+        try:
+            for name in self.COLUMNS:  # two rows each: an episode may have a single step
+                setattr(self, name, extend(getattr(self, name), 2 * num_transitions))
+            self.rows = extend(self.rows, num_transitions)
+        except RuntimeError as error:  # torch's way to say so
+            raise MemoryError(f"no memory for {num_transitions} online steps: {error}") from None
 
     def append(self, observation, action, reward, mask, next_observation, done):
-        """Add one step of an episode, which can be sampled from then on.
+        """Add the next step of the last episode or, if that one is done, the first of a new one.
 
-        It continues the episode of the last call, unless that one was done. mask: as above, so
-        1 if the episode is done only because time is up. Raises ValueError when there is no room.
+        It can be sampled from then on. In an episode that goes on, `observation` is the last
+        `next_observation`. mask: as above, so 1 if the episode is done only because time is up.
+        Raises ValueError when there is no room.
         """
         if self.num_transitions == len(self.rows):
             raise ValueError(f"no room for transition {self.num_transitions + 1}: reserve more")
         if not self.in_episode:
+            self.observations[self.num_rows] = torch.as_tensor(observation)
             self.num_rows += 1
             self.num_episodes += 1
         row = self.num_rows - 1  # so far the last one of its episode
-        self.observations[row] = torch.as_tensor(observation)
         self.actions[row] = torch.as_tensor(action)
         self.rewards[row] = float(reward)
         self.masks[row] = float(mask)
@@ -280,15 +291,16 @@ def read_ogbench_file(path):
         if damaged_member:
             raise ValueError(f"{damaged_member} is damaged")
         with np.load(path) as file:
-            # OGBench computes rewards and masks from the positions, unless the file has its own.
-            basis = ("rewards", "masks") if "rewards" in file else ("qpos",)
-            missing = {"observations", "actions", "terminals", *basis} - set(file)
+            # OGBench computes rewards from the positions; what was collected online has its own.
+            has_rewards = "rewards" in file and "qpos" not in file
+            basis = {"rewards", "masks"} if has_rewards else {"qpos"}
+            missing = ({"observations", "actions", "terminals"} | basis) - set(file)
             if missing:
                 raise ValueError(f"has no {', '.join(missing)}")
             source = str(file["source"]) if "source" in file else None
-            own = {name: file[name] for name in basis}
+            rewards = {name: file[name] for name in basis} if has_rewards else {}
         data = ogbench.load_dataset(path, compact_dataset=True, add_info=True)
-        return {**data, **own}, source
+        return {**data, **rewards}, source
     except UNREADABLE as error:
         raise UserError(f"{path}: not a usable dataset: {error}") from None
 
@@ -296,8 +308,7 @@ def read_ogbench_file(path):
 def load_dataset(path, env_id, device):
     """A file in OGBench's layout -> (Dataset with the rewards of env_id, where the data are from).
 
-    A file that has `rewards` and `masks`, as one that was collected online, keeps them. Raises
-    UserError.
+    A file without positions keeps the rewards and masks that it has. Raises UserError.
     """
     data, source = read_ogbench_file(path)
     with gymnasium.make(env_id) as env:
@@ -637,6 +648,9 @@ class Run:
         saved_rows.sort(key=lambda entry: entry[0])  # Weights & Biases ignores smaller steps
         for _, name, row in saved_rows:
             self.log(name, row)
+        if state:  # with the settings of now, for the next resume
+            kept = {name: x for name, x in state.items() if name not in ("config", "rows")}
+            self.save(**kept)
         return state
 
     def num_lines(self, name):
@@ -716,7 +730,7 @@ class Run:
                 means.append(f"{name} {mean:.4g}")
         print(f"mean of the last {len(rows)} evaluations: {', '.join(means)}")
 
-    def plot(self, unit="updates", switch=None):
+    def plot(self, unit="updates", switch=0):
         """Draw curve.png from the logged rows; `unit` is what their `step` counts.
 
         switch: the last step of the offline phase, marked if there are rows after it.
@@ -736,7 +750,7 @@ class Run:
         plot_columns(q_axes, training, [name for name in names if name.startswith("q_m")])
         loss_axes.set_yscale("symlog", linthresh=1e-2)  # a policy's loss can be negative
         for axes in (score_axes, loss_axes, q_axes):
-            if switch is not None and evaluations[-1]["step"] > switch:
+            if 0 < switch < evaluations[-1]["step"]:
                 axes.axvline(switch / 1000, color="black", linestyle="--", linewidth=1)
             axes.set_xlabel(f"thousand {unit}")
             axes.grid(alpha=0.3)

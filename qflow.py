@@ -14,8 +14,8 @@ notation, with x_0 noise, x_1 an action of the dataset and x_t = (1 - t) x_0 + t
     value     V(s, x_t, t)  =  Q'(s, y),  y the action to which the policy's flow takes x_t
     velocity  v(s, x_t, t)  =  x_1 - x_0 + 1 / lam * grad_x V(s, x_t, t)
 
-After the offline phase (--offline-steps) there may be an online one (--online-steps): before each
-further update the policy takes one step in the environment, which joins the dataset.
+With --online-steps, training then goes on in the environment: before each update the policy takes
+one step, which joins the dataset.
 
 Doo, Jeon, Ye, Lee, Seo: Q-Flow: Stable and Expressive Reinforcement Learning with Flow-Based
 Policy, ICML 2026, https://arxiv.org/abs/2605.13435
@@ -63,13 +63,13 @@ class Args:
     dataset_url: str = ""
     """folder or npz file to download from instead of OGBench's host"""
     seed: int = 0
-    """seed of weights, batches, noise and evaluation episodes"""
+    """seed of weights, batches, noise and episodes"""
     device: str = "auto"
     """auto (CUDA if available), cpu, cuda or cuda:N"""
     offline_steps: int = 1_000_000
     """number of updates on the dataset"""
     online_steps: int = 0
-    """number of updates after that, each after one step in the environment, which joins the data"""
+    """number of updates after that; before each, one step in the environment joins the data"""
     batch_size: int = 256
     """transitions (or chunks) per update"""
     lr: float = 3e-4
@@ -500,7 +500,7 @@ def evaluate(policy, envs, num_episodes, seed):
 class Collector:
     """Plays episodes with the policy, one step per call, and appends each step to the dataset.
 
-    env: one environment whose steps have `success` in their info, if it knows any.
+    env: one environment; `success` in a step's info is logged.
     """
 
     def __init__(self, env, nets, dataset, args, generator):
@@ -515,7 +515,7 @@ class Collector:
         self.ended = {"return": [], "success": []}  # of the episodes since the last `results`
 
     def step(self, seed):
-        """One step in the environment; an episode that begins with it follows from the seed."""
+        """One step in the environment. seed: of an episode that begins with it."""
         if self.obs is None:
             self.obs, _ = self.env.reset(seed=seed)
         if not self.chunk:
@@ -523,7 +523,7 @@ class Collector:
         action = self.chunk.pop(0)
         next_obs, reward, terminated, truncated, info = self.env.step(action)
         done = terminated or truncated
-        mask = 1.0 - terminated  # the future counts where an episode ends because time is up
+        mask = 1.0 - terminated  # where only time is up, the critic bootstraps
         self.dataset.append(self.obs, action, reward, mask, next_obs, done)
         self.obs = next_obs
         self.episode_return += float(reward)
@@ -535,7 +535,7 @@ class Collector:
             self.episode_return = 0.0
 
     def results(self):
-        """Mean return and success of the episodes that ended since the last call; NaN if none."""
+        """Mean return and success of the episodes that ended since the last call, else NaN."""
         means = {}
         for name, values in self.ended.items():
             means[f"train_{name}"] = sum(values) / len(values) if values else math.nan

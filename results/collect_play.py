@@ -3,9 +3,9 @@
     python results/collect_play.py cube-single-play-v0
 
 An episode of 1,001 steps is one random task after the other, each carried out by OGBench's own
-scripted oracle with smooth noise of 0.1 on its plan. A thousand episodes are the million
-transitions of the official files. This is not the official file: say so beside every number that
-comes from it.
+scripted oracle with smooth noise of 0.1 on its plan. The official files have a thousand episodes
+or, for the largest environments, more. This is not the official file: say so beside every number
+that comes from it.
 """
 
 import functools

@@ -11,7 +11,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from statistics import median
 
 import gymnasium
 import numpy as np
@@ -55,7 +54,7 @@ def random_dataset(env, device, num_rows=100_000):
 
 
 def measure(method, name, settings, num_steps, device):
-    """Median times in ms: part -> time."""
+    """Mean times per step in ms: part -> time."""
     *_, env_id = common.resolve_task(name)
     args = method.Args(**settings)
     generator = torch.Generator(device).manual_seed(0)
@@ -81,23 +80,24 @@ def measure(method, name, settings, num_steps, device):
             "offline update": Timed(sample_and_update, device),
             "online step": Timed(online_step, device),
             "of it: environment": Timed(env.step, device),
+            "resets": Timed(env.reset, device),
             "acting": Timed(untimed_act, device),
             "append": Timed(dataset.append, device),
         }
         env.step = parts["of it: environment"]
+        env.reset = parts["resets"]
         method.act = parts["acting"]
         dataset.append = parts["append"]
         for _ in range(num_steps):
             parts["offline update"]()
             parts["online step"]()
         method.act = untimed_act
-    result = {part: median(timed.times) for part, timed in parts.items()}
-    result["acting"] *= len(parts["acting"].times) / num_steps  # once per chunk
-    return result
+    return {part: sum(timed.times) / num_steps for part, timed in parts.items()}
 
 
 def main(steps: int = 1000, device: str = "cpu"):
     """steps: online steps of each row; device: cpu or cuda."""
+    qflow.set_matmul_precision("auto", torch.device(device))
     rows = [
         ("pointmaze-medium-navigate-v0", None),
         ("cube-single-play-v0", (256,) * 4),

@@ -202,15 +202,6 @@ def test_sample_reads_rows_and_their_number_anew():
     assert (batch.observations == new_observation).all(1).any()
 
 
-class NotInSample(int):
-    """A Python number that must not be looked at: a captured CUDA graph would keep its value."""
-
-    def fail(self, *others):
-        raise AssertionError("a Python number was used")
-
-    __index__ = __int__ = __add__ = __radd__ = __sub__ = __mul__ = __rmul__ = __lt__ = fail
-
-
 def episode(rng, num_steps, terminated):
     """(observation, action, reward, mask, next observation, done) of each step of an episode."""
     observations = rng.normal(size=(num_steps + 1, 3)).astype(np.float32)
@@ -261,7 +252,7 @@ def test_appended_steps_are_sampled_without_a_number_of_python(horizon):
     for step in (*episode(rng, 4, terminated=True), *episode(rng, 5, terminated=False)):
         dataset.append(*step)
         frozen = {name: x for name, x in vars(dataset).items() if type(x) is int}
-        vars(dataset).update({name: NotInSample(x) for name, x in frozen.items()})
+        vars(dataset).update({name: object() for name in frozen})  # nothing can be done with it
         batch = dataset.sample(4000, horizon, 0.9, generator)
         vars(dataset).update(frozen)
         counts = start_counts(dataset, batch)
@@ -301,6 +292,14 @@ def test_what_was_appended_can_be_saved_and_appended_elsewhere():
     again = other.collected()
     assert len(again["valids"]) == 8 + 3
     assert all(torch.equal(again[name][:8], x) for name, x in collected.items())
+
+
+def test_more_online_steps_than_memory_is_a_memory_error():
+    dataset = small_dataset()
+    dataset.reserve(0)
+    assert len(dataset.rows) == len(dataset)
+    with pytest.raises(MemoryError, match="no memory for 1000000000000000 online steps"):
+        dataset.reserve(10**15)
 
 
 def test_a_million_antmaze_transitions_fit_in_a_third_of_a_gigabyte():
@@ -442,6 +441,11 @@ def test_a_file_with_rewards_keeps_them(collected, tmp_path):
     common.write_dataset(path, "collected online", dict(arrays, rewards=rewards))
     with pytest.raises(common.UserError, match=f"{path}: not a usable dataset: has no masks"):
         common.load_dataset(path, ENV_ID, "cpu")
+    with np.load(collected) as file:
+        arrays["qpos"] = file["qpos"]  # where there are positions, they count
+    common.write_dataset(path, "", dict(arrays, rewards=rewards))
+    assert common.load_dataset(path, ENV_ID, "cpu")[0].rewards.max() <= 0
+    arrays.pop("qpos")
     common.write_dataset(path, "", dict(arrays, rewards=rewards[1:], masks=rewards))
     with pytest.raises(common.UserError, match="rewards has the wrong length"):
         common.load_dataset(path, ENV_ID, "cpu")
@@ -586,6 +590,17 @@ def test_run_folder(tmp_path, capsys):
     names = {path.name for path in run.folder.iterdir()}
     files = {"config.json", "train.csv", "eval.csv", "curve.png", "checkpoint.pt"}
     assert names - {".lock"} == files
+
+
+def test_the_picture_marks_the_switch_where_there_are_rows_after_it(tmp_path, monkeypatch):
+    line = Mock()
+    monkeypatch.setattr("matplotlib.axes.Axes.axvline", line)
+    run = common.Run(tmp_path / "run", dict(script="fql.py"))
+    for step, switch, lines in ((1000, 0, 0), (2000, 2000, 0), (3000, 2000, 3)):
+        run.log("eval.csv", dict(step=step, success=0.5))
+        run.plot(switch=switch)
+        assert line.call_count == lines
+    assert all(call.args == (2,) for call in line.call_args_list)  # thousand
 
 
 def test_a_resumed_run_has_the_rows_of_its_checkpoint(tmp_path):

@@ -380,10 +380,20 @@ def test_the_collector_plays_chunks_open_loop_and_appends_each_step(method, hori
     assert other.episodes == env.episodes
 
 
-def test_the_same_seed_gives_the_same_curve(tmp_path):
+def test_the_same_seed_gives_the_same_curve(tmp_path, monkeypatch):
     path = tmp_path / "data.npz"
     common.collect_pointmaze("pointmaze-medium-navigate-v0", path, num_episodes=2, workers=1)
     *_, env_id = common.resolve_task("pointmaze-medium-navigate-v0")
+
+    calls = []
+    for owner, name in ((qflow.Collector, "step"), (qflow, "update")):
+        original = getattr(owner, name)
+
+        def noted(*args, name=name, original=original, **kwargs):
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, noted)
 
     def train(name, disturb, seed=0, log_interval=5):
         dataset, _ = common.load_dataset(path, env_id, "cpu")
@@ -417,6 +427,7 @@ def test_the_same_seed_gives_the_same_curve(tmp_path):
         return files, nets, run.folder
 
     files, nets, folder = train("run", disturb=1)
+    assert calls == ["update"] * 25 + ["step", "update"] * 70
     again, _, _ = train("again", disturb=2)
     other, _, _ = train("other", disturb=1, seed=1)
     often, its_nets, _ = train("often", disturb=3, log_interval=4)
@@ -435,7 +446,10 @@ def test_the_same_seed_gives_the_same_curve(tmp_path):
 
     state = torch.load(folder / "checkpoint.pt", weights_only=True)
     assert state["step"] == 95 and {"nets", "optimizer"} < set(state)
-    assert state["collected"]["valids"].tolist() == ([1] * 30 + [0]) * 2 + [1] * 10 + [0]
+    collected = state["collected"]
+    assert collected["valids"].tolist() == ([1] * 30 + [0]) * 2 + [1] * 10 + [0]
+    starts = collected["observations"][[0, 31, 62]]
+    assert len(starts.unique(dim=0)) == 3  # episodes have seeds of their own
     for name, value in nets.state_dict().items():
         assert torch.equal(state["nets"][name], value)
 
