@@ -10,8 +10,13 @@ import tyro
 from matplotlib.figure import Figure
 
 
-def main(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path, column: str = "return"):
-    """folders: of runs; out: the picture; column: of eval.csv."""
+def main(
+    folders: tyro.conf.Positional[tuple[Path, ...]],
+    out: Path,
+    column: str = "return",
+    switch: int = 0,
+):
+    """folders: of runs; out: the picture; column: of eval.csv; switch: a step to mark."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for folder in folders:
@@ -21,6 +26,8 @@ def main(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path, column: str
             steps = [float(row["step"]) for row in rows]
             values = [float(row[column]) for row in rows]
             axes.plot(steps, values, ".-", label=folder.name)
+    if switch:
+        axes.axvline(switch, color="black", linestyle="--", linewidth=1)
     axes.set(xlabel="step", ylabel=column)
     axes.legend()
     axes.grid(alpha=0.3)
