@@ -678,17 +678,27 @@ class Envs(AsyncVectorEnv):
             process.kill()
 
 
+class StaysOpen(SeededReset):
+    """For gymnasium, which closes the environment whose spaces it has looked at."""
+
+    def close(self):
+        pass
+
+
 def make_envs(make_env, num_envs):
     """Vector environment of `num_envs` copies of the environment that make_env() returns."""
+    env = make_env()  # once: a process that forks has a copy, and the memory of MuJoCo's model
 
     def start():
         in_worker = multiprocessing.parent_process() is not None
-        if in_worker:  # gymnasium also makes one in the main process, to look at its spaces
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process,
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which then kills its workers
-        return SeededReset(make_env())
+        if not in_worker:
+            return StaysOpen(env)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process,
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which then kills its workers
+        return SeededReset(env)
 
-    return Envs([start] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
+    mode = AutoresetMode.SAME_STEP
+    return Envs([start] * num_envs, autoreset_mode=mode, context="fork")
 
 
 # --------------------------------------------------------------------------------- command line

@@ -327,6 +327,28 @@ def test_reset_without_a_seed_draws_a_new_episode():
     assert len(np.unique(starts, axis=0)) == 4  # in two processes, too
 
 
+def test_an_environment_is_made_once_and_every_process_has_a_copy():
+    made = []
+
+    class Closing(Script):
+        def close(self):
+            self.reset = None  # of no use any more
+
+    def make_env():
+        made.append(Closing())
+        return made[-1]
+
+    envs = qflow.make_envs(make_env, 3)
+    envs.reset(seed=[0, 1, 2])
+    ends = []
+    for _ in range(7):
+        _, _, terminated, truncated, _ = envs.step(np.zeros((3, 2)))
+        ends.append(terminated | truncated)
+    envs.close()
+    assert len(made) == 1 and made[0].episodes == []  # played in the other processes only
+    assert len(np.unique(ends, axis=1).T) > 1  # each on its own
+
+
 # ------------------------------------------------------------------------------------- training
 
 

@@ -209,6 +209,24 @@ def test_antmaze_on_data_collected_with_an_expert(tmp_path, monkeypatch, capsys)
     assert "10000 transitions, 10 episodes" in printed and "not the official file" in printed
 
 
+def test_scene_on_data_collected_with_the_oracles(tmp_path, monkeypatch, capsys):
+    name = "scene-play-v0"
+    start(tmp_path, "results/collect_play.py", name, "--episodes", "1")
+    (path,) = tmp_path.iterdir()
+    with np.load(path) as data:
+        assert data["terminals"].tolist() == [False] * 1000 + [True]
+        cube, drawer_and_window = data["qpos"][:, 14:17], data["qpos"][:, -2:]
+        buttons = data["button_states"]
+    assert np.ptp(cube, axis=0).max() > 0.1 and np.ptp(drawer_and_window, axis=0).max() > 0.1
+    assert buttons.shape == (1001, 2) and np.ptp(buttons) == 1  # somebody pressed one
+
+    monkeypatch.chdir(tmp_path)
+    flags = "--hidden 8 8 --offline-steps 4 --eval-episodes 1".split()
+    start_here(monkeypatch, fql, "--env", name, "--dataset", path.name, *flags)
+    printed = capsys.readouterr().out
+    assert "1000 transitions, 1 episodes" in printed and "not the official file" in printed
+
+
 # ------------------------------------------------------------------------------------- tracking
 
 SMALL = "--hidden 8 8 --offline-steps 4 --eval-interval 2 --log-interval 1 --eval-episodes 1"
