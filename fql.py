@@ -475,17 +475,15 @@ def evaluate(policy, envs, num_episodes, seed):
 
 
 class Collector:
-    """Plays episodes with the policy, one step per call, and appends each step to the dataset.
+    """Plays episodes, one step per call, and appends each step to the dataset.
 
-    env: one environment; `success` in a step's info is logged.
+    env: one environment; `success` in a step's info is logged. policy: as for `evaluate`.
     """
 
-    def __init__(self, env, nets, dataset, args, generator):
+    def __init__(self, env, policy, dataset):
         self.env = env
-        self.nets = nets
+        self.policy = policy
         self.dataset = dataset
-        self.args = args
-        self.generator = generator
         self.obs = None  # between episodes
         self.chunk = []  # the actions to come, executed open loop
         self.episode_return = 0.0
@@ -496,7 +494,7 @@ class Collector:
         if self.obs is None:
             self.obs, _ = self.env.reset(seed=seed)
         if not self.chunk:
-            self.chunk = list(act(self.nets, self.obs[None], self.args, self.generator)[0])
+            self.chunk = list(self.policy(self.obs[None])[0])
         action = self.chunk.pop(0)
         next_obs, reward, terminated, truncated, info = self.env.step(action)
         done = terminated or truncated
@@ -581,7 +579,6 @@ def train(args, dataset, env, envs, run):
     del checkpoint  # a second copy of what was collected
     steps_left = max(0, last_step - step)
     dataset.reserve(min(args.online_steps, steps_left))
-    collector = Collector(env, nets, dataset, args, generator)
 
     def sample_and_update():
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
@@ -589,8 +586,12 @@ def train(args, dataset, env, envs, run):
         return update(nets, optimizer, batch, draws, args, loss)
 
     def policy(obs):
+        return act(nets, obs, args, generator)
+
+    def eval_policy(obs):
         return act(nets, obs, args, eval_generator)
 
+    collector = Collector(env, policy, dataset)
     if args.compile and device.type == "cuda":
         torch.cuda.set_device(device)  # a graph is captured on the current device
         sample_and_update = CUDAGraph(sample_and_update, generator)
@@ -621,7 +622,7 @@ def train(args, dataset, env, envs, run):
         if evaluates:
             seed = args.seed + step
             eval_generator.manual_seed(seed)
-            results = evaluate(policy, envs, args.eval_episodes, seed)
+            results = evaluate(eval_policy, envs, args.eval_episodes, seed)
             row = dict(step=step, episodes=args.eval_episodes)
             for name, values in results.items():
                 row[name] = values.mean().item()

@@ -354,18 +354,17 @@ def test_an_environment_is_made_once_and_every_process_has_a_copy():
 
 @pytest.mark.parametrize("method", [qflow, fql])
 @pytest.mark.parametrize("horizon", [1, 3])
-def test_the_collector_plays_chunks_open_loop_and_appends_each_step(method, horizon, monkeypatch):
+def test_the_collector_plays_chunks_open_loop_and_appends_each_step(method, horizon):
     env = Script()
     one = np.array([1, 0])
     dataset = common.Dataset(np.zeros((2, 1)), np.zeros((2, 2)), one, one, one)
     dataset.reserve(60)
 
-    def act(nets, obs, args, generator):  # which step it was planned at, and the place in the chunk
-        assert (nets, args, generator) == ("nets", "args", "generator") and obs.shape == (1, 1)
+    def policy(obs):  # which step an action was planned at, and its place in the chunk
+        assert obs.shape == (1, 1)
         return np.stack([np.full(horizon, obs[0, 0] / 10), np.arange(horizon) / 10], 1)[None]
 
-    monkeypatch.setattr(method, "act", act)
-    collector = method.Collector(env, "nets", dataset, "args", "generator")
+    collector = method.Collector(env, policy, dataset)
     assert np.isnan(list(collector.results().values())).all() and env.episodes == []
     for i in range(60):
         collector.step(seed=i)
@@ -396,7 +395,7 @@ def test_the_collector_plays_chunks_open_loop_and_appends_each_step(method, hori
 
     other = Script()  # the same seeds, the same episodes
     dataset.reserve(60)
-    collector = method.Collector(other, "nets", dataset, "args", "generator")
+    collector = method.Collector(other, policy, dataset)
     for i in range(60):
         collector.step(seed=i)
     assert other.episodes == env.episodes
