@@ -284,7 +284,7 @@ def test_tracked_rows_are_those_of_the_csv_files(dataset_file, tmp_path, monkeyp
                 value = float(logged[int(row["step"]), f"{section}/{name}"])
                 assert same_number(text, value), (row, name)
                 num_values += 1
-    assert num_values == sum("/" in name for _, name in logged) == 4 * 8 + 2 * 5
+    assert num_values == sum("/" in name for _, name in logged) == 4 * 10 + 2 * 5
     assert config["args"]["offline_steps"] == 4 and config["script"] == "qflow.py"
 
 
