@@ -175,11 +175,14 @@ class Dataset:
         self.num_transitions = len(rows)
         self.num_rows = len(valids)
         self.num_given_rows = len(valids)  # the others are what `append` added
-        self.num_episodes = len(valids) - len(rows)
         self.in_episode = False  # whether the next `append` continues the last episode
 
     def __len__(self):
         return self.num_transitions
+
+    @property
+    def num_episodes(self):
+        return self.num_rows - self.num_transitions
 
     def reserve(self, num_transitions):
         """Make room for that many more transitions. Raises MemoryError.
@@ -198,7 +201,7 @@ class Dataset:
             for name in self.COLUMNS:  # two rows each: an episode may have a single step
                 setattr(self, name, extend(getattr(self, name), 2 * num_transitions))
             self.rows = extend(self.rows, num_transitions)
-        except RuntimeError as error:  # torch's way to say so
+        except RuntimeError as error:  # of torch, on a CPU
             raise MemoryError(f"no memory for {num_transitions} online steps: {error}") from None
 
     def append(self, observation, action, reward, mask, next_observation, done):
@@ -213,7 +216,6 @@ class Dataset:
         if not self.in_episode:
             self.observations[self.num_rows] = torch.as_tensor(observation)
             self.num_rows += 1
-            self.num_episodes += 1
         row = self.num_rows - 1  # so far the last one of its episode
         self.actions[row] = torch.as_tensor(action)
         self.rewards[row] = float(reward)
@@ -246,7 +248,6 @@ class Dataset:
         self.rows[self.num_transitions : self.num_transitions + len(rows)] = rows
         self.num_rows += num_rows
         self.num_transitions += len(rows)
-        self.num_episodes += num_rows - len(rows)
         self.count += len(rows)
         self.in_episode = False
 
@@ -319,7 +320,7 @@ def load_dataset(path, env_id, device):
             if found != expected:
                 raise ValueError(f"observation, action sizes {found}; {env_id} has {expected}")
             if "rewards" not in data:
-                ogbench.relabel_utils.relabel_dataset(env_id, env, data)  # and masks
+                ogbench.relabel_utils.relabel_dataset(env_id, env, data)  # adds both
             dataset = Dataset(
                 observations=data["observations"],
                 actions=np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5),  # as the authors do

@@ -490,7 +490,7 @@ class Collector:
         self.ended = {"return": [], "success": []}  # of the episodes since the last `results`
 
     def step(self, seed):
-        """One step in the environment. seed: of an episode that begins with it."""
+        """One step in the environment. seed: of the episode, if one begins."""
         if self.obs is None:
             self.obs, _ = self.env.reset(seed=seed)
         if not self.chunk:
@@ -680,7 +680,7 @@ class Envs(AsyncVectorEnv):
 
 
 class StaysOpen(SeededReset):
-    """For gymnasium, which closes the environment whose spaces it has looked at."""
+    """Ignores close(), which gymnasium calls once it has looked at the spaces."""
 
     def close(self):
         pass
@@ -688,7 +688,7 @@ class StaysOpen(SeededReset):
 
 def make_envs(make_env, num_envs):
     """Vector environment of `num_envs` copies of the environment that make_env() returns."""
-    env = make_env()  # once: a process that forks has a copy, and the memory of MuJoCo's model
+    env = make_env()  # once: forked processes share its memory, most of which is MuJoCo's model
 
     def start():
         in_worker = multiprocessing.parent_process() is not None
