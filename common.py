@@ -7,6 +7,7 @@ import csv
 import difflib
 import io
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -87,6 +88,12 @@ def single_tasks():
     return tasks
 
 
+def is_dataset(env):
+    """Whether --env names an OGBench dataset, with or without its task."""
+    stem, _, _ = env.removesuffix("-v0").partition("-singletask")
+    return f"{stem}-v0" in {dataset_name for dataset_name, _ in single_tasks().values()}
+
+
 def resolve_task(env, task=0):
     """--env and --task (0: the default task) -> full name, dataset name, Gymnasium id.
 
@@ -139,7 +146,7 @@ class Dataset:
     """Transitions of consecutive episodes on the device, in OGBench's compact layout.
 
     An episode of n steps has n + 1 rows; the last one only holds its last observation. Arguments
-    are NumPy arrays of M rows. Raises ValueError.
+    are NumPy arrays of M rows, or of none, for `append` to add to. Raises ValueError.
 
     observations: (M, O)
     actions: (M, A) in [-1, 1]
@@ -155,9 +162,9 @@ class Dataset:
             observations=observations, actions=actions, rewards=rewards, masks=masks, valids=valids
         )
         check_arrays(arrays)
-        if not np.any(valids) or valids[-1] != 0:
+        if len(valids) > 0 and (not np.any(valids) or valids[-1] != 0):
             raise ValueError("no transitions, or no end of an episode in the last row")
-        if np.abs(actions).max() > 1:
+        if (np.abs(actions) > 1).any():
             raise ValueError("actions beyond [-1, 1]")
 
         def to_device(array):
@@ -176,6 +183,12 @@ class Dataset:
         self.num_rows = len(valids)
         self.num_given_rows = len(valids)  # the others are what `append` added
         self.in_episode = False  # whether the next `append` continues the last episode
+
+    @classmethod
+    def empty(cls, obs_dim, action_dim, device="cpu"):
+        """A dataset without transitions."""
+        none = np.zeros(0)
+        return cls(np.zeros((0, obs_dim)), np.zeros((0, action_dim)), none, none, none, device)
 
     def __len__(self):
         return self.num_transitions
@@ -319,6 +332,8 @@ def load_dataset(path, env_id, device):
             found = data["observations"].shape[1:] + data["actions"].shape[1:]
             if found != expected:
                 raise ValueError(f"observation, action sizes {found}; {env_id} has {expected}")
+            if len(data["observations"]) == 0:
+                raise ValueError("no transitions")
             if "rewards" not in data:
                 ogbench.relabel_utils.relabel_dataset(env_id, env, data)  # adds both
             dataset = Dataset(
@@ -668,12 +683,14 @@ class Run:
     def log(self, name, row):
         """Append a row (column -> number, `step` among them) to the CSV file `name`.
 
-        Columns are those of the file's first row. Raises UserError if a loss is not finite.
+        Columns are those of the file's first row; NaN stands for what a later one lacks. Raises
+        UserError if a loss is not finite.
         """
         rows = self.rows.setdefault(name, [])
         rows.append(row)
         with disk_errors(self.folder), open(self.folder / name, "a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=rows[0].keys(), lineterminator="\n")
+            names = rows[0].keys()
+            writer = csv.DictWriter(file, names, restval=math.nan, lineterminator="\n")
             if len(rows) == 1:
                 writer.writeheader()
             writer.writerow(row)
@@ -760,10 +777,10 @@ class Run:
 
 
 def plot_columns(axes, rows, names):
-    """Lines of these columns over `step`, in thousands."""
+    """Lines of these columns over `step`, in thousands; where a row lacks one, the line ends."""
     steps = [row["step"] / 1000 for row in rows]
     for name in names:
-        values = [row[name] for row in rows]
+        values = [row.get(name, np.nan) for row in rows]
         axes.plot(steps, values, ".-", markersize=3, linewidth=1, label=name)
     if names:
         axes.legend()

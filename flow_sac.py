@@ -14,22 +14,29 @@ the distribution of every x_i, and the log-density of the whole path replaces lo
 
     x_{i+1} = x_i + (v + sigma^2 / 2 * score) dt + sigma sqrt(dt) eps,  score = (t v - x) / (1 - t)
 
+With an OGBench dataset, an offline phase comes first, in which flow matching imitates the dataset's
+actions, and the policy's loss has a behaviour term, beta (a - a_data)^2, in both phases.
+
 Zhang et al.: SAC Flow, ICLR 2026, https://arxiv.org/abs/2509.25756
 Critics without target networks: Bhatt et al., CrossQ, ICLR 2024, https://arxiv.org/abs/1902.05605
 
     python flow_sac.py                                       # Pendulum, minutes on a laptop
     python flow_sac.py --env HalfCheetah-v5 --policy flow-g  # with the paper's sizes
+    python flow_sac.py --env cube-double-play-v0             # first offline, then online
 """
 
 import copy
 import math
 import multiprocessing
+import os
+import shutil
 import signal
 import sys
 import time
 import warnings
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -51,27 +58,31 @@ import common
 @dataclass
 class Args:
     env: str = "Pendulum-v1"
-    """Gymnasium id with Box observations and actions, or OGBench's online-ant-v0 etc."""
+    """Gymnasium id with Box spaces (also OGBench's online-ant-v0 etc.), or OGBench dataset"""
+    task: int = 0
+    """task of the environment, 1 to 5; 0 is OGBench's default task"""
+    dataset: str = ""
+    """npz file in OGBench's layout; default: the official one (pointmaze-*-navigate: collected)"""
+    dataset_url: str = ""
+    """folder or npz file to download from instead of OGBench's host"""
     seed: int = 0
-    """seed of weights, environments, batches, noise and evaluation episodes"""
+    """seed of weights, batches, noise and episodes"""
     device: str = "auto"
     """auto (CUDA if available), cpu, cuda or cuda:N"""
+    offline_steps: int = 0
+    """number of updates on the dataset"""
     online_steps: int = 1_000_000
-    """environment steps; one update of the critics each, once learning has started"""
-    num_envs: int = 1
-    """environments that collect side by side"""
+    """number of steps in the environment after that, each followed by an update"""
     learning_starts: int = 50_000
-    """environment steps with uniform actions before the first update"""
-    buffer_size: int = 1_000_000
-    """capacity of the replay buffer, in transitions"""
+    """online steps before the first update; their actions are uniform if there is no dataset"""
     batch_size: int = 512
-    """transitions per update"""
+    """transitions (or chunks) per update"""
     policy: Literal["flow-t", "flow-g", "naive"] = "flow-t"
     """velocity network: decoded, gated or plain"""
     policy_width: int = 0
-    """width of the velocity and noise networks; 0: the authors', flow-t 96, others 512"""
+    """of velocity and noise networks; 0: the authors', flow-t 96 (--critic sac: 128), others 512"""
     critic: Literal["crossq", "sac"] = "crossq"
-    """critics with BatchRenorm and a joint forward pass, or with target networks (--tau)"""
+    """with BatchRenorm and a joint forward pass, or with LayerNorm and target networks (--tau)"""
     policy_lr: float = 3e-4
     """learning rate of the policy's Adam"""
     q_lr: float = 1e-3
@@ -86,16 +97,26 @@ class Args:
     """widths of the critics' hidden layers"""
     flow_steps: int = 4
     """K, number of Euler steps from noise to action"""
+    q_agg: Literal["mean", "min"] = "min"
+    """how the critics' ensemble is aggregated, in the target and in the policy's loss"""
+    horizon: int = 1
+    """h, actions per chunk, executed open loop (1: no chunks)"""
+    bc_weight: float = 0.0
+    """beta, weight of the behaviour term (a - a_data)^2 in the policy's loss"""
+    noise_std: float = 0.0
+    """standard deviation of a flow step's noise in the policy's loss; 0: sigma is learned"""
+    acting_noise_std: float = 0.0
+    """the same for acting and in the critic's target; with --noise-std only"""
     init_temperature: float = 0.2
     """initial weight of the entropy; it is tuned from there"""
     target_entropy: float = 0.0
     """path entropy that the temperature is tuned to; 0 is for K = 4, unreachable from K = 20 on"""
     eval_interval: int = 20_000
-    """environment steps between evaluations (the last step is always evaluated)"""
+    """steps between evaluations (the last step of a phase is always evaluated)"""
     eval_episodes: int = 50
     """episodes per evaluation"""
     log_interval: int = 500
-    """environment steps between rows of train.csv"""
+    """steps between rows of train.csv"""
     run_dir: str = "runs"
     """where the run's folder is created"""
     resume: str = ""
@@ -106,6 +127,8 @@ class Args:
     """with --evaluate: write three episodes to evaluation.gif in that folder"""
     track: bool = False
     """log to Weights & Biases too (pip install wandb; WANDB_PROJECT and WANDB_ENTITY apply)"""
+    compile: bool = False
+    """compile the losses (takes a minute); on CUDA, also capture the update as one CUDA graph"""
     matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
     """see torch.set_float32_matmul_precision; auto: TF32 on CUDA, fastest float32 on CPU"""
 
@@ -118,28 +141,62 @@ def check_args(args):
             flag = name.replace("_", "-")
             raise common.UserError(f"--{flag} {getattr(args, name)}: must be {rule}")
 
-    for name in ("online_steps", "eval_interval", "eval_episodes", "log_interval"):
+    for name in ("offline_steps", "online_steps", "learning_starts"):
+        require(0 <= getattr(args, name) <= 1e9, name, "between 0 and 1e9")
+    has_steps = args.offline_steps + args.online_steps > 0
+    require(has_steps, "online_steps", "positive, or --offline-steps must be")
+    for name in ("eval_interval", "eval_episodes", "log_interval", "policy_frequency"):
         require(1 <= getattr(args, name) <= 1e9, name, "between 1 and 1e9")
     require(1 <= args.batch_size <= 1e6, "batch_size", "between 1 and 1e6")
-    for name in ("learning_starts", "buffer_size", "policy_frequency"):
-        require(1 <= getattr(args, name) <= 1e9, name, "between 1 and 1e9")
-    require(1 <= args.num_envs <= 1000, "num_envs", "between 1 and 1000")
+    for name in ("flow_steps", "horizon"):
+        require(1 <= getattr(args, name) <= 1000, name, "between 1 and 1000")
     for name in ("discount", "tau"):
         require(0 < getattr(args, name) <= 1, name, "above 0 and at most 1")
     for name in ("policy_lr", "q_lr", "init_temperature"):
         require(1e-12 <= getattr(args, name) <= 1e12, name, "positive")
+    require(0 <= args.bc_weight <= 1e12, "bc_weight", "at least 0")
+    for name in ("noise_std", "acting_noise_std"):
+        require(0 <= getattr(args, name) <= 0.5, name, "between 0 and 0.5")
+    both_or_none = (args.noise_std > 0) == (args.acting_noise_std > 0)
+    require(both_or_none, "acting_noise_std", "positive with --noise-std, else 0")
     require(abs(args.target_entropy) <= 1e6, "target_entropy", "between -1e6 and 1e6")
-    require(1 <= args.flow_steps <= 1000, "flow_steps", "between 1 and 1000")
     require(0 <= args.policy_width <= 10_000, "policy_width", "between 0 and 10000")
     require(0 <= args.seed < 2**31, "seed", "between 0 and 2**31 - 1")
     require(len(args.hidden) > 0, "hidden", "at least one width")
     require(1 <= min(args.hidden) <= max(args.hidden) <= 10_000, "hidden", "between 1 and 10000")
-    too_late = f"below --online-steps {args.online_steps}, or nothing is learned"
-    require(args.learning_starts < args.online_steps, "learning_starts", too_late)
+    if args.offline_steps == 0:
+        too_late = f"below --online-steps {args.online_steps}, or nothing is learned"
+        require(args.learning_starts < args.online_steps, "learning_starts", too_late)
+        too_early = f"at least --horizon {args.horizon} - 1, the length of a chunk to sample"
+        require(args.learning_starts >= args.horizon - 1, "learning_starts", too_early)
 
 
-# The authors' defaults stand in Args; Pendulum's are our own, small enough for a laptop.
+# The authors' settings from scratch are the defaults in Args; these are theirs for a dataset, which
+# they have for the cubes only. Locomotion needs no chunks. Pendulum's are our own, for a laptop.
+WITH_DATASET = dict(
+    offline_steps=1_000_000,
+    learning_starts=5_000,
+    batch_size=256,
+    critic="sac",
+    policy_lr=3e-4,
+    q_lr=3e-4,
+    policy_frequency=1,
+    hidden=(512, 512, 512, 512),
+    q_agg="mean",
+    horizon=5,
+    bc_weight=100.0,
+    noise_std=0.05,
+    acting_noise_std=0.02,
+    eval_interval=100_000,
+)
 SETTINGS = {
+    "antmaze": {**WITH_DATASET, "horizon": 1},
+    "antsoccer": {**WITH_DATASET, "horizon": 1},
+    "humanoidmaze": {**WITH_DATASET, "horizon": 1},
+    "pointmaze": {**WITH_DATASET, "horizon": 1},
+    "cube": WITH_DATASET,
+    "scene": WITH_DATASET,
+    "puzzle": WITH_DATASET,
     "Pendulum": dict(
         online_steps=15_000,
         learning_starts=1_000,
@@ -191,6 +248,33 @@ class EnsembleLinear(nn.Module):
         return torch.bmm(x, self.weight).add_(self.bias)
 
 
+class Normalise(torch.autograd.Function):
+    """(x - mean) / std * weight + bias, with the mean and std of x over its batch: (..., B, dim).
+
+    The gradient passes through both statistics. It is written out since autograd's own, the same
+    one, takes several times as long on CPUs.
+    """
+
+    @staticmethod
+    def forward(ctx, x, mean, std, weight, bias):
+        ctx.save_for_backward(x, mean, std, weight)
+        factor = weight / std
+        return torch.addcmul(bias - factor * mean, x, factor)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """With y = (x - mean) / std: weight / std * (grad - E[grad] - y E[grad * y])."""
+        x, mean, std, weight = ctx.saved_tensors
+        batch_size = x.shape[-2]
+        centred = x - mean
+        grad_bias = grad.sum(-2, keepdim=True)
+        grad_weight = (grad * centred).sum(-2, keepdim=True) / std  # the sum of grad * y
+        factor = weight / std
+        slope = -factor * grad_weight / (batch_size * std)
+        grad_x = torch.addcmul(-factor * grad_bias / batch_size, centred, slope)
+        return grad_x.addcmul_(grad, factor), None, None, grad_weight, grad_bias
+
+
 class BatchRenorm(nn.Module):
     """Batch renormalisation (Ioffe, 2017, https://arxiv.org/abs/1702.03275): (..., B, dim) -> same.
 
@@ -216,41 +300,69 @@ class BatchRenorm(nn.Module):
     def forward(self, x):
         running_std = (self.var + self.eps).sqrt()
         if not self.training:
-            return self.affine(x, self.mean, running_std, r=1.0, d=0.0)
-        mean = x.mean(-2, keepdim=True)
-        var = (x - mean).square().mean(-2, keepdim=True)  # biased; x.var() is much slower here
-        std = (var + self.eps).sqrt()
-        r = (std / running_std).detach().clamp(1 / self.r_max, self.r_max)
-        d = ((mean - self.mean) / running_std).detach().clamp(-self.d_max, self.d_max)
-        warm = self.calls >= self.warmup
-        r = torch.where(warm, r, 1.0)
-        d = torch.where(warm, d, 0.0)
+            factor = self.scale / running_std
+            return torch.addcmul(self.bias - factor * self.mean, x, factor)
         with torch.no_grad():
+            mean = x.mean(-2, keepdim=True)
+            var = (x - mean).square_().mean(-2, keepdim=True)  # biased; x.var() is slow on CPUs
+            std = (var + self.eps).sqrt()
+            r = (std / running_std).clamp(1 / self.r_max, self.r_max)
+            d = ((mean - self.mean) / running_std).clamp(-self.d_max, self.d_max)
+            warm = self.calls >= self.warmup
+            r = torch.where(warm, r, 1.0)
+            d = torch.where(warm, d, 0.0)
             self.mean += self.rate * (mean - self.mean)
             self.var += self.rate * (var - self.var)
             self.calls += 1
-        return self.affine(x, mean, std, r, d)
+        # (x - mean) / std * r + d, times scale, plus bias
+        return Normalise.apply(x, mean, std, self.scale * r, self.scale * d + self.bias)
 
-    def affine(self, x, mean, std, r, d):
-        """((x - mean) / std * r + d) * scale + bias, as one pass over x."""
-        factor = self.scale * r / std
-        return torch.addcmul(self.bias + self.scale * d - factor * mean, x, factor)
+
+class EnsembleLayerNorm(nn.Module):
+    """LayerNorm, scale and bias separate for each member: (ensemble, B, dim) -> same shape."""
+
+    def __init__(self, dim, ensemble):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(ensemble, 1, dim))
+        self.bias = nn.Parameter(torch.zeros(ensemble, 1, dim))
+
+    def forward(self, x):
+        normalised = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        return torch.addcmul(self.bias, normalised, self.scale)
+
+
+class GELU(nn.Module):
+    """The tanh approximation of GELU.
+
+    On CPUs torch's tanh is slow and its sigmoid is fast, so that x * sigmoid(2u), the same function
+    as x / 2 * (1 + tanh(u)), is faster. Not where gradients are needed: more is kept for them.
+    """
+
+    def forward(self, x):
+        needs_gradient = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if x.is_cuda or needs_gradient:
+            return F.gelu(x, approximate="tanh")
+        two_u = torch.addcmul(x, x * x, x, value=0.044715).mul_((8 / torch.pi) ** 0.5)
+        return x * two_u.sigmoid_()
 
 
 class Critic(nn.Module):
     """Q(s, a), an ensemble of two: (B, O), (B, A) -> (2, B)."""
 
-    def __init__(self, obs_dim, action_dim, hidden, batch_norm):
+    def __init__(self, obs_dim, action_dim, hidden, kind):
         super().__init__()
         in_dim = obs_dim + action_dim
         layers = []
-        if batch_norm:
+        if kind == "crossq":
             layers.append(BatchRenorm(2, 1, in_dim))
         for width in hidden:
             layers.append(EnsembleLinear(in_dim, width, 2))
-            layers.append(nn.ReLU())
-            if batch_norm:
+            if kind == "crossq":
+                layers.append(nn.ReLU())
                 layers.append(BatchRenorm(2, 1, width))
+            else:
+                layers.append(GELU())
+                layers.append(EnsembleLayerNorm(width, 2))
             in_dim = width
         layers.append(EnsembleLinear(in_dim, 1, 2))
         self.mlp = nn.Sequential(*layers)
@@ -359,13 +471,15 @@ class LogSigma(nn.Module):
 
 
 class Policy(nn.Module):
-    """Normalised observations, velocity and noise level."""
+    """Normalised observations, velocity and, unless --noise-std fixes it, noise level."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         width = args.policy_width
-        if width == 0:
-            width = 96 if args.policy == "flow-t" else 512
+        if width == 0 and args.policy == "flow-t":
+            width = 96 if args.critic == "crossq" else 128
+        elif width == 0:
+            width = 512
         self.obs_norm = BatchRenorm(1, obs_dim) if args.critic == "crossq" else nn.Identity()
         if args.policy == "flow-t":
             self.velocity = DecodedVelocity(obs_dim, action_dim, width)
@@ -373,7 +487,8 @@ class Policy(nn.Module):
             self.velocity = GatedVelocity(obs_dim, action_dim, width)
         else:
             self.velocity = NaiveVelocity(obs_dim, action_dim, width)
-        self.log_sigma = LogSigma(obs_dim, action_dim, width)
+        if args.noise_std == 0:
+            self.log_sigma = LogSigma(obs_dim, action_dim, width)
 
 
 class Networks(nn.Module):
@@ -382,7 +497,7 @@ class Networks(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.sizes = (obs_dim, action_dim)
-        self.critic = Critic(obs_dim, action_dim, args.hidden, args.critic == "crossq")
+        self.critic = Critic(obs_dim, action_dim, args.hidden, args.critic)
         self.policy = Policy(obs_dim, action_dim, args)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(args.init_temperature)))
         if args.critic == "sac":
@@ -415,9 +530,24 @@ def rollout(velocity, log_sigma, obs, x, eps):
     return path, log_prob
 
 
-def explore(policy, obs, x0, eps):
-    """The stochastic policy: actions (B, A) in [-1, 1] and the log-density of their path (B,)."""
-    path, log_prob = rollout(policy.velocity, policy.log_sigma, policy.obs_norm(obs), x0, eps)
+def explore(policy, obs, x0, eps, noise_std=0.0):
+    """The stochastic policy: actions (B, A) in [-1, 1] and the log-density of their path (B,).
+
+    noise_std: 0 for the learned sigma; else the standard deviation of the noise of each step, which
+    is also the unit of length in the densities of the steps. In units of the action's range they
+    would be so high, for a small noise, that no policy could reach the target entropy.
+    """
+    flow_steps, _, action_dim = eps.shape
+    if noise_std > 0:
+
+        def log_sigma(obs, t):
+            return torch.full_like(x0, math.log(noise_std * math.sqrt(flow_steps)))
+
+    else:
+        log_sigma = policy.log_sigma
+    path, log_prob = rollout(policy.velocity, log_sigma, policy.obs_norm(obs), x0, eps)
+    if noise_std > 0:
+        log_prob = log_prob + flow_steps * action_dim * math.log(noise_std)
     u = path[-1]
     # log(1 - tanh(u)^2), written so that neither it nor its gradient is lost for large u
     log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))
@@ -426,29 +556,27 @@ def explore(policy, obs, x0, eps):
 
 def sample_actions(nets, obs, x0, args):
     """The policy in evaluation, eps = 0: x_0 ~ N(0, I) to actions in [-1, 1]. -> (B, A)."""
-    return explore(nets.policy, obs, x0, x0.new_zeros(args.flow_steps, *x0.shape))[0]
+    eps = x0.new_zeros(args.flow_steps, *x0.shape)
+    return explore(nets.policy, obs, x0, eps, args.acting_noise_std)[0]
 
 
 # --------------------------------------------------------------------------------------- losses
 
 
-class Batch(NamedTuple):
-    """Transitions, float32; masks are 0 where the environment terminated (not: time was up)."""
-
-    observations: torch.Tensor  # (B, O)
-    actions: torch.Tensor  # (B, A) in [-1, 1]
-    rewards: torch.Tensor  # (B,)
-    masks: torch.Tensor  # (B,)
-    next_observations: torch.Tensor  # (B, O)
+# A batch has observations (B, O), actions (B, A), where A counts all h actions of a chunk, rewards
+# (B,) that are the discounted sum over the chunk's valid steps, masks (B,) that are 0 where the
+# environment terminated, next_observations (B, O), and valid (B, h) that is 0 for steps after the
+# end of the episode. A chunk whose last step is not valid has weight 0 in TD.
 
 
 class Draws(NamedTuple):
-    """All random numbers of an update: x0 ~ N(0, I), (B, A), and eps ~ N(0, I), (K, B, A)."""
+    """Random numbers: x0 ~ N(0, I), (B, A); eps ~ N(0, I), (K, B, A); t ~ U(0, 1), (B, 1)."""
 
     next_x0: torch.Tensor
     next_eps: torch.Tensor
     policy_x0: torch.Tensor
     policy_eps: torch.Tensor
+    flow_t: torch.Tensor
 
 
 def draw(actions, flow_steps, generator):
@@ -456,16 +584,25 @@ def draw(actions, flow_steps, generator):
     shape = (2, flow_steps + 1, *actions.shape)
     next_noise, noise = torch.randn(shape, device=actions.device, generator=generator)
     return Draws(
-        next_x0=next_noise[0], next_eps=next_noise[1:], policy_x0=noise[0], policy_eps=noise[1:]
+        next_x0=next_noise[0],
+        next_eps=next_noise[1:],
+        policy_x0=noise[0],
+        policy_eps=noise[1:],
+        flow_t=torch.rand(len(actions), 1, device=actions.device, generator=generator),
     )
 
 
+def aggregate(q, q_agg):
+    """One value from the ensemble: (ensemble, B) -> (B,)."""
+    return q.mean(0) if q_agg == "mean" else q.amin(0)
+
+
 def critic_loss(nets, batch, x0, eps, args):
-    """TD learning: Q(s, a) -> r + discount * mask * (min Q(s', a') - temperature * log pi(a'))."""
+    """TD: Q(s, a) -> r + discount^h * mask * (agg Q(s', a') - temperature * log pi(a'))."""
     obs = batch.observations
     next_obs = batch.next_observations
     with torch.no_grad():
-        next_actions, next_log_prob = explore(nets.policy, next_obs, x0, eps)
+        next_actions, next_log_prob = explore(nets.policy, next_obs, x0, eps, args.acting_noise_std)
     if args.critic == "crossq":  # one batch, so that both are normalised by the same statistics
         both_obs = torch.cat([obs, next_obs])
         both_actions = torch.cat([batch.actions, next_actions])
@@ -475,26 +612,42 @@ def critic_loss(nets, batch, x0, eps, args):
     else:
         q = nets.critic(obs, batch.actions)
         next_q = nets.target_critic(next_obs, next_actions)
-    next_v = next_q.amin(0) - nets.log_temperature.exp() * next_log_prob
-    target = batch.rewards + args.discount * batch.masks * next_v
-    loss = ((q - target.detach()) ** 2).mean()
+    next_v = aggregate(next_q, args.q_agg) - nets.log_temperature.exp() * next_log_prob
+    target = batch.rewards + args.discount**args.horizon * batch.masks * next_v
+    loss = (batch.valid[:, -1] * (q - target.detach()) ** 2).mean()
     return loss, dict(critic_loss=loss, q_mean=q.mean(), q_min=q.amin(), q_max=q.amax())
 
 
-def policy_loss(nets, batch, x0, eps):
-    """temperature * log pi - min Q, differentiated through all K steps.
+def flow_loss(nets, batch, x0, t):
+    """Flow matching on the dataset's actions; in a chunk, on those before the episode's end."""
+    xt = (1 - t) * x0 + t * batch.actions
+    obs = nets.policy.obs_norm(batch.observations)
+    error = nets.policy.velocity(obs, xt, t) - (batch.actions - x0)
+    error = error.unflatten(1, (batch.valid.shape[1], -1))  # (B, h, A)
+    loss = (batch.valid[..., None] * error**2).mean()
+    return loss, dict(flow_loss=loss)
+
+
+def policy_loss(nets, batch, x0, eps, args):
+    """temperature * log pi - Q + beta (a - a_data)^2, differentiated through all K steps.
 
     Updates the running statistics of the observations, as critic_loss (crossq) does the critic's.
     """
     obs = batch.observations
     nets.policy.train()
-    actions, log_prob = explore(nets.policy, obs, x0, eps)
+    actions, log_prob = explore(nets.policy, obs, x0, eps, args.noise_std)
     nets.policy.eval()
     # The action's gradient passes through the critic; the critic's own parameters get none.
     frozen = {name: p.detach() for name, p in nets.critic.named_parameters()}
-    q = torch.func.functional_call(nets.critic, frozen, (obs, actions)).amin(0)
+    q = torch.func.functional_call(nets.critic, frozen, (obs, actions))
+    q = aggregate(q, args.q_agg)
     loss = (nets.log_temperature.exp().detach() * log_prob - q).mean()
-    return loss, dict(policy_loss=loss, entropy=-log_prob.mean())
+    metrics = dict(entropy=-log_prob.mean())
+    if args.bc_weight > 0:
+        bc_loss = ((actions - batch.actions) ** 2).mean()
+        loss = loss + args.bc_weight * bc_loss
+        metrics["bc_loss"] = bc_loss
+    return loss, dict(policy_loss=loss, **metrics)
 
 
 # --------------------------------------------------------------------------------------- update
@@ -511,9 +664,12 @@ class Optimizers(NamedTuple):
 def make_optimizers(nets, args):
     """CrossQ uses the short memory of beta_1 = 0.5 for all of them."""
     betas = (0.5 if args.critic == "crossq" else 0.9, 0.999)
+    on_cuda = nets.log_temperature.is_cuda
 
     def adam(parameters, lr):
-        return torch.optim.Adam(parameters, lr=lr, betas=betas, eps=1e-8, fused=True)
+        return torch.optim.Adam(
+            parameters, lr=lr, betas=betas, eps=1e-8, fused=True, capturable=on_cuda
+        )
 
     return Optimizers(
         critic=adam(nets.critic.parameters(), args.q_lr),
@@ -522,9 +678,9 @@ def make_optimizers(nets, args):
     )
 
 
-def update_critic(nets, optimizers, batch, draws, args):
+def update_critic(nets, optimizers, batch, draws, args, loss_function=critic_loss):
     """One gradient step on the critics; returns the metrics as tensors on the device."""
-    loss, metrics = critic_loss(nets, batch, draws.next_x0, draws.next_eps, args)
+    loss, metrics = loss_function(nets, batch, draws.next_x0, draws.next_eps, args)
     optimizers.critic.zero_grad()
     loss.backward()
     optimizers.critic.step()
@@ -535,22 +691,20 @@ def update_critic(nets, optimizers, batch, draws, args):
     return {name: x.detach() for name, x in metrics.items()}
 
 
-def gradient_norm(module):
-    """Norm of the gradient with respect to all parameters of a module."""
-    return nn.utils.get_total_norm([p.grad for p in module.parameters()])
-
-
-def update_policy(nets, optimizers, batch, draws, args):
-    """One gradient step on policy and temperature; returns the metrics as tensors on the device.
-
-    Of the two gradient norms, that of the velocity is the one to compare between networks: sigma's
-    part has the gradient of the entropy, which grows with K for any velocity.
-    """
-    loss, metrics = policy_loss(nets, batch, draws.policy_x0, draws.policy_eps)
+def update_velocity(nets, optimizers, batch, draws, loss_function=flow_loss):
+    """One gradient step of flow matching; returns the metrics as tensors on the device."""
+    loss, metrics = loss_function(nets, batch, draws.policy_x0, draws.flow_t)
     optimizers.policy.zero_grad()
     loss.backward()
-    metrics["policy_grad_norm"] = gradient_norm(nets.policy)
-    metrics["velocity_grad_norm"] = gradient_norm(nets.policy.velocity)
+    optimizers.policy.step()
+    return {name: x.detach() for name, x in metrics.items()}
+
+
+def update_policy(nets, optimizers, batch, draws, args, loss_function=policy_loss):
+    """One gradient step on policy and temperature; returns the metrics as tensors on the device."""
+    loss, metrics = loss_function(nets, batch, draws.policy_x0, draws.policy_eps, args)
+    optimizers.policy.zero_grad()
+    loss.backward()
     optimizers.policy.step()
 
     temperature = nets.log_temperature.exp()
@@ -560,6 +714,19 @@ def update_policy(nets, optimizers, batch, draws, args):
     temperature_loss.backward()
     optimizers.temperature.step()
     return {name: x.detach() for name, x in metrics.items()}
+
+
+def gradient_norms(policy):
+    """Norms of the gradients that the last `update_policy` left, for logging (name -> tensor).
+
+    That of the velocity is the one to compare between networks: sigma's part has the gradient of
+    the entropy, which grows with K for any velocity.
+    """
+    norms = {}
+    for name, module in (("policy", policy), ("velocity", policy.velocity)):
+        gradients = [parameter.grad for parameter in module.parameters()]
+        norms[f"{name}_grad_norm"] = nn.utils.get_total_norm(gradients)
+    return norms
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -588,12 +755,13 @@ def load(folder, device="cpu"):
 
 @torch.no_grad()
 def act(nets, obs, args, generator=None):
-    """The policy on NumPy arrays: observations (N, O) -> actions (N, 1, A)."""
+    """The policy on NumPy arrays: observations (N, O) -> the next h actions (N, h, A)."""
     obs_dim, action_dim = nets.sizes
     device = next(nets.parameters()).device
     x0 = torch.randn(len(obs), action_dim, device=device, generator=generator)
     obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-    return sample_actions(nets, obs, x0, args)[:, None].cpu().numpy()
+    actions = sample_actions(nets, obs, x0, args)
+    return actions.view(len(obs), args.horizon, -1).cpu().numpy()
 
 
 def evaluate(policy, envs, num_episodes, seed):
@@ -638,161 +806,207 @@ def evaluate(policy, envs, num_episodes, seed):
 # ------------------------------------------------------------------------------------- training
 
 
-class ReplayBuffer:
-    """The last `size` transitions, as rows of one tensor on the device."""
+class Collector:
+    """Plays episodes, one step per call, and appends each step to the dataset.
 
-    def __init__(self, size, obs_dim, action_dim, device):
-        self.sizes = (obs_dim, action_dim, 1, 1, obs_dim)
-        self.rows = torch.zeros(size, sum(self.sizes), device=device)
-        self.count = 0
-
-    def add(self, obs, actions, rewards, masks, next_obs):
-        """N transitions as NumPy arrays, shapes as in Batch."""
-        columns = (obs, actions, rewards[:, None], masks[:, None], next_obs)
-        rows = np.concatenate(columns, 1).astype(np.float32)
-        places = np.arange(self.count, self.count + len(rows)) % len(self.rows)
-        self.rows[places] = torch.as_tensor(rows, device=self.rows.device)
-        self.count += len(rows)
-
-    def sample(self, batch_size, generator):
-        """Batch of uniformly drawn transitions."""
-        num_filled = min(self.count, len(self.rows))
-        device = self.rows.device
-        places = torch.randint(num_filled, (batch_size,), device=device, generator=generator)
-        obs, actions, rewards, masks, next_obs = self.rows[places].split(self.sizes, 1)
-        return Batch(obs, actions, rewards[:, 0], masks[:, 0], next_obs)
-
-    def state_dict(self):
-        """The rows that are filled."""
-        return dict(count=self.count, rows=self.rows[: self.count].clone())
-
-    def load_state_dict(self, state):
-        rows = state["rows"][: len(self.rows)]  # not all, if --online-steps was lowered
-        self.rows[: len(rows)] = rows
-        self.count = state["count"]
-
-
-def train(args, envs, eval_envs, run, device):
-    """Learn in `envs`, evaluate in `eval_envs`, write to `run`; returns the networks.
-
-    Both are vector environments with actions in [-1, 1] and autoreset mode SAME_STEP, which
-    `make_envs` sets. Raises ValueError.
+    env: one environment; `success` in a step's info is logged. policy: as for `evaluate`.
     """
-    for vector_env in (envs, eval_envs):
-        if vector_env.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
-            raise ValueError(f"autoreset_mode must be SAME_STEP, is {vector_env.metadata}")
+
+    def __init__(self, env, policy, dataset):
+        self.env = env
+        self.policy = policy
+        self.dataset = dataset
+        self.obs = None  # between episodes
+        self.chunk = []  # the actions to come, executed open loop
+        self.episode_return = 0.0
+        self.ended = {"return": [], "success": []}  # of the episodes since the last `results`
+
+    def step(self, seed):
+        """One step in the environment. seed: of the episode, if one begins."""
+        if self.obs is None:
+            self.obs, _ = self.env.reset(seed=seed)
+        if not self.chunk:
+            self.chunk = list(self.policy(self.obs[None])[0])
+        action = self.chunk.pop(0)
+        next_obs, reward, terminated, truncated, info = self.env.step(action)
+        done = terminated or truncated
+        mask = 1.0 - terminated  # where only time is up, the critic bootstraps
+        self.dataset.append(self.obs, action, reward, mask, next_obs, done)
+        self.obs = next_obs
+        self.episode_return += float(reward)
+        if done:
+            self.ended["return"].append(self.episode_return)
+            self.ended["success"].append(float(info.get("success", math.nan)))
+            self.obs = None
+            self.chunk = []
+            self.episode_return = 0.0
+
+    def results(self):
+        """Mean return and success of the episodes that ended since the last call, else NaN."""
+        means = {}
+        for name, values in self.ended.items():
+            means[f"train_{name}"] = sum(values) / len(values) if values else math.nan
+            values.clear()
+        return means
+
+
+class CUDAGraph:
+    """A function as one CUDA graph: from the fourth call on, its kernels run without any Python.
+
+    The function takes no arguments, never waits for the device, and draws random numbers from
+    `generator` only. Each call overwrites the tensors that the last one returned.
+    """
+
+    def __init__(self, function, generator):
+        self.function = function
+        self.calls = 0
+        self.stream = torch.cuda.Stream()
+        self.graph = torch.cuda.CUDAGraph()
+        self.graph.register_generator_state(generator)
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls <= 3:  # the compiler and the libraries still allocate
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.result = self.function()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return self.result
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph, stream=self.stream):  # records, runs nothing
+                self.result = self.function()
+        self.graph.replay()
+        return self.result
+
+
+def train(args, dataset, env, envs, run):
+    """Train on `dataset`, then online in `env`, evaluate in `envs`; returns the networks.
+
+    dataset: common.Dataset, which may have no transitions; the online phase appends to it. env: one
+    environment with actions in [-1, 1]. envs: vector environment with autoreset mode SAME_STEP,
+    which `make_envs` sets. run: common.Run. Raises ValueError.
+    """
+    if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
+        raise ValueError(f"autoreset_mode must be SAME_STEP, is {envs.metadata}")
+    device = dataset.actions.device
     torch.manual_seed(args.seed + 2**31)  # for the weights: not the generator's random numbers
     generator = torch.Generator(device).manual_seed(args.seed)
     eval_generator = torch.Generator(device)
-    obs_dim = envs.single_observation_space.shape[0]
-    action_dim = envs.single_action_space.shape[0]
+    obs_dim = dataset.observations.shape[1]
+    action_dim = args.horizon * dataset.actions.shape[1]
     nets = Networks(obs_dim, action_dim, args).to(device)
     optimizers = make_optimizers(nets, args)
-    n = envs.num_envs
-    buffer_size = min(args.buffer_size, args.online_steps + n)
-    buffer = ReplayBuffer(buffer_size, obs_dim, action_dim, device)
+    losses = [critic_loss, flow_loss, policy_loss]
+    if args.compile:
+        losses = [torch.compile(loss, fullgraph=True) for loss in losses]
 
-    step = 0  # environment steps
-    num_updates = 0  # of the critics
-    metrics = {}
+    step = 0  # offline, updates; online, steps in the environment
+    last_step = args.offline_steps + args.online_steps
+    starts_uniform = len(dataset) == 0
+    metrics = {}  # of the last updates in this phase
     checkpoint = run.restore()
     if checkpoint:
         step = checkpoint["step"]
-        num_updates = checkpoint["num_updates"]
         metrics = checkpoint["metrics"]
         nets.load_state_dict(checkpoint["nets"])
-        buffer.load_state_dict(checkpoint["buffer"])
         generator.set_state(checkpoint["generator"])
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict(state)
-    del checkpoint  # a second copy of the replay buffer
+        if checkpoint["collected"]:
+            dataset.append_collected(checkpoint["collected"])
+    del checkpoint  # a second copy of what was collected
+    steps_left = max(0, last_step - step)
+    dataset.reserve(min(args.online_steps, steps_left))
+
+    def sample_and_update(kind):
+        """kind: "offline"; online, "critic" or, when the policy's turn has come, "both"."""
+        batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
+        draws = draw(batch.actions, args.flow_steps, generator)
+        metrics = update_critic(nets, optimizers, batch, draws, args, losses[0])
+        if kind == "offline":  # two updates on each batch, the first one with flow matching
+            metrics |= update_velocity(nets, optimizers, batch, draws, losses[1])
+            draws = draw(batch.actions, args.flow_steps, generator)
+            metrics |= update_critic(nets, optimizers, batch, draws, args, losses[0])
+        if kind != "critic":
+            metrics |= update_policy(nets, optimizers, batch, draws, args, losses[2])
+        return metrics
+
+    updates = {kind: partial(sample_and_update, kind) for kind in ("offline", "critic", "both")}
+    if args.compile and device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs are captured on the current device
+        updates = {kind: CUDAGraph(update, generator) for kind, update in updates.items()}
 
     @torch.no_grad()
-    def explore_actions(obs):
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-        shape = (1 + args.flow_steps, n, action_dim)
-        noise = torch.randn(shape, device=device, generator=generator)
-        actions, _ = explore(nets.policy, obs, noise[0], noise[1:])
-        return actions.cpu().numpy()
-
     def policy(obs):
+        if starts_uniform and step <= args.learning_starts:
+            uniform = torch.rand(1, action_dim, device=device, generator=generator)
+            actions = 2 * uniform - 1
+        else:
+            shape = (args.flow_steps + 1, 1, action_dim)
+            noise = torch.randn(shape, device=device, generator=generator)
+            obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+            actions, _ = explore(nets.policy, obs, noise[0], noise[1:], args.acting_noise_std)
+        return actions.view(1, args.horizon, -1).cpu().numpy()
+
+    def eval_policy(obs):
         return act(nets, obs, args, eval_generator)
 
-    # What is inside an environment cannot be saved, so a resumed run begins new episodes.
-    obs, _ = envs.reset(seed=[(args.seed + step) * n + i for i in range(n)])
-    returns = np.zeros(n)  # of the episodes in progress
-    finished_returns = []  # since the last row of train.csv
-    run.show_progress(step, args.online_steps, "steps")
+    collector = Collector(env, policy, dataset)
+    run.show_progress(step, last_step, "steps")
     logged_step = step
     logged_time = time.perf_counter()
-    while step < args.online_steps:
-        if step < args.learning_starts:
-            uniform = torch.rand(n, action_dim, device=device, generator=generator)
-            actions = (2 * uniform - 1).cpu().numpy()
+    while step < last_step:
+        step += 1
+        if step <= args.offline_steps:
+            metrics = updates["offline"]()
         else:
-            actions = explore_actions(obs)
-        next_obs, rewards, terminated, truncated, infos = envs.step(actions)
-        ended = terminated | truncated
-        last_obs = next_obs.copy()
-        if ended.any():  # next_obs begins a new episode there
-            last_obs[ended] = np.stack(infos["final_obs"][ended])
-        buffer.add(obs, actions, rewards, 1.0 - terminated, last_obs)
-        obs = next_obs
-        returns += rewards
-        finished_returns += returns[ended].tolist()
-        returns[ended] = 0
-        step += n
-        run.bar.update(n)
+            collector.step(seed=args.seed + step)
+            num_updates = step - args.offline_steps - args.learning_starts  # with this step's
+            if num_updates <= 0:
+                metrics = {}
+                logged_step = step  # the speed is that of learning
+                logged_time = time.perf_counter()
+            elif (num_updates - 1) % args.policy_frequency == 0:
+                metrics = updates["both"]()
+            else:
+                metrics |= updates["critic"]()
+        run.bar.update()
 
-        if step > args.learning_starts:
-            for _ in range(n):  # one update per environment step
-                batch = buffer.sample(args.batch_size, generator)
-                draws = draw(batch.actions, args.flow_steps, generator)
-                metrics.update(update_critic(nets, optimizers, batch, draws, args))
-                if num_updates % args.policy_frequency == 0:
-                    metrics.update(update_policy(nets, optimizers, batch, draws, args))
-                num_updates += 1
-        else:  # the speed is that of learning
-            logged_step = step
-            logged_time = time.perf_counter()
-
-        # An interval has passed in the last n steps if the remainder is below n.
-        evaluates = step % args.eval_interval < n or step >= args.online_steps
-        if metrics and (evaluates or step % args.log_interval < n):
+        ends_phase = step in (args.offline_steps, last_step)
+        evaluates = step % args.eval_interval == 0 or ends_phase
+        if metrics and (evaluates or step % args.log_interval == 0):
             row = dict(step=step)
             for name, value in metrics.items():
                 row[name] = value.item()
-            row["train_return"] = math.nan
-            if finished_returns:
-                row["train_return"] = sum(finished_returns) / len(finished_returns)
+            for name, norm in gradient_norms(nets.policy).items():
+                row[name] = norm.item()
+            row.update(collector.results())
             seconds = time.perf_counter() - logged_time
             row["time_steps_per_s"] = round((step - logged_step) / seconds, 1)
             run.log("train.csv", row)
-            finished_returns = []
             logged_step = step
             logged_time = time.perf_counter()
 
         if evaluates:
             seed = args.seed + step
             eval_generator.manual_seed(seed)
-            results = evaluate(policy, eval_envs, args.eval_episodes, seed)
+            results = evaluate(eval_policy, envs, args.eval_episodes, seed)
             row = dict(step=step, episodes=args.eval_episodes)
             for name, values in results.items():
                 row[name] = values.mean().item()
             run.log("eval.csv", row)
-            run.plot("environment steps")
+            run.plot("steps", switch=args.offline_steps)
             logged_time = time.perf_counter()  # the speed excludes evaluation
 
         if evaluates or run.save_is_due():
             run.save(
                 step=step,
-                num_updates=num_updates,
                 metrics=metrics,
                 sizes=nets.sizes,
                 nets=nets.state_dict(),
-                buffer=buffer.state_dict(),
                 generator=generator.get_state(),
                 optimizers=[optimizer.state_dict() for optimizer in optimizers],
+                collected=dataset.collected(),
             )
     run.finish()
     return nets
@@ -1016,28 +1230,48 @@ def make_env(env_id, **options):
 
 def main():
     args = parse_args()
+    name = env_id = args.env
+    from_dataset = common.is_dataset(args.env)
+    if from_dataset:
+        name, dataset_name, env_id = common.resolve_task(args.env, args.task)
+    else:
+        for flag in ("task", "dataset", "dataset_url", "offline_steps"):
+            value = getattr(args, flag)
+            if value:
+                flag = flag.replace("_", "-")
+                raise common.UserError(f"--{flag} {value}: --env {name} is not an OGBench dataset")
     device = choose_device(args.device)
-
-    def make_this_env(**options):
-        return make_env(args.env, **options)
-
-    num_eval_envs = min(args.eval_episodes, 25)
-    with (  # before CUDA is used: they fork
-        closing(make_envs(make_this_env, num_eval_envs)) as eval_envs,
-        closing(make_envs(make_this_env, args.num_envs)) as envs,
-    ):
+    make_this_env = partial(make_env, env_id)
+    num_envs = min(args.eval_episodes, 25)
+    with closing(make_envs(make_this_env, num_envs)) as envs:  # before CUDA is used: they fork
         set_matmul_precision(args.matmul_precision, device)
         if args.evaluate:
-            return evaluate_run(args, make_this_env, eval_envs, device)
+            return evaluate_run(args, make_this_env, envs, device)
+        has_compiler = shutil.which("g++") or shutil.which("clang++") or "CXX" in os.environ
+        if args.compile and not has_compiler:
+            raise common.UserError("--compile: no C++ compiler found (g++, clang++ or $CXX)")
+        if from_dataset:
+            dataset, description = common.get_dataset(
+                dataset_name, env_id, args.dataset, args.dataset_url, device
+            )
+            if args.horizon > len(dataset):
+                raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")
+        else:
+            obs_dim = envs.single_observation_space.shape[0]
+            action_dim = envs.single_action_space.shape[0]
+            dataset = common.Dataset.empty(obs_dim, action_dim, device)
+            description = "no dataset"
         script = Path(__file__)
         started = time.strftime("%Y%m%d-%H%M%S")
-        new_folder = Path(args.run_dir) / f"{args.env}__{script.stem}__{args.seed}__{started}"
-        config = dict(script=script.name, args=vars(args), device=device.type)
+        new_folder = Path(args.run_dir) / f"{name}__{script.stem}__{args.seed}__{started}"
+        config = dict(script=script.name, args=vars(args), device=device.type, dataset=description)
         folder = args.resume or new_folder
-        with common.Run(folder, config, bool(args.resume), args.track) as run:
+        run = common.Run(folder, config, bool(args.resume), args.track)
+        with run, SeededReset(make_this_env()) as env:
+            print(f"{name}: {description}")
             print("settings:", ", ".join(f"{name}={value}" for name, value in vars(args).items()))
             print(f"device: {device}, writing to {run.folder}")
-            train(args, envs, eval_envs, run, device)
+            train(args, dataset, env, envs, run)
 
 
 if __name__ == "__main__":

@@ -1,74 +1,107 @@
-"""Gradient norms of SAC Flow's actor against K, for the three velocity networks.
+"""Gradient norms of SAC Flow's actor against K, under three conditions of its noise.
 
-    python results/flow_sac_gradients.py --trained RUN RUN RUN     # flow-t, flow-g, naive
-    python results/flow_sac_gradients.py --out /tmp/gradients      # trains them itself
+    python results/flow_sac_gradients.py train --condition authors --policy naive
+    python results/flow_sac_gradients.py measure
 
-Measures on fixed batches of observations, either the weights of three runs on HalfCheetah-v5 with
-every K, or those of 3,000 updates with each network and each K (15 trainings, which have not been
-run to the end). Writes gradients.csv and gradients.png. Of the trainings: an entropy of 0, the
-target for K = 4, means another noise level for another K; the target moves so that sigma can stay.
+`train` makes a run of flow_sac.py on HalfCheetah-v5 with K = 4 under one condition, in
+RUNS/CONDITION/POLICY. `measure` takes the weights of all nine, computes the gradient with other K
+on the same observations, and writes gradients.csv and gradients.png. The conditions:
+
+    drift      flow_sac.py as it is: a drift, noise sigma sqrt(dt), sigma at most 1
+    no-drift   the same without the drift
+    authors    as in the authors' scripts: no drift; noise std whatever dt is (flow-t: std dt), std
+               at most e^2; of flow-t, the density leaves out std
+
+The last two replace flow_sac.rollout, here and for these runs only.
 """
 
 import csv
 import math
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
 import flow_sac  # noqa: E402
 
+CONDITIONS = ("drift", "no-drift", "authors")
 POLICIES = ("flow-t", "flow-g", "naive")
-COLUMNS = ["velocity_grad_norm", "sigma_grad_norm", "sigma", "entropy", "temperature"]
+RUNS = Path("runs/gradients")
 
 
-@dataclass
-class Args:
-    out: Path = Path("results/flow-sac-gradients")
-    """folder for table and picture; the runs go into runs/ below it"""
-    steps: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """the values of K"""
-    online_steps: int = 4_000
-    """environment steps of each training, the first 1,000 of them without updates"""
-    seed: int = 0
-    """of the trainings"""
-    trained: tuple[Path, ...] = ()
-    """instead of training with each K: three runs on HalfCheetah-v5, flow-t flow-g naive, whose
-    weights are measured with every K"""
-    workers: int = 2
-    """trainings at a time, one thread each"""
+def rollout_without_drift(velocity, log_sigma, obs, x, eps):
+    """As flow_sac.rollout, but x_{i+1} = x_i + v dt + sigma sqrt(dt) eps."""
+    dt = 1 / len(eps)
+    path = [x]
+    log_prob = -0.5 * (x**2 + math.log(2 * math.pi)).sum(-1)
+    for i, noise in enumerate(eps):
+        t = torch.full_like(x[:, :1], i * dt)
+        log_std = log_sigma(obs, t) + 0.5 * math.log(dt)
+        x = x + velocity(obs, x, t) * dt + log_std.exp() * noise
+        path.append(x)
+        log_prob = log_prob - (log_std + 0.5 * (noise**2 + math.log(2 * math.pi))).sum(-1)
+    return path, log_prob
 
 
-def target_entropy(k, sigma=0.35, action_dim=6):
-    """The entropy of a path of K steps with this sigma: near the authors' 0 for their K = 4."""
-    step = 0.5 * math.log(2 * math.pi * math.e / k) + math.log(sigma)
-    return round(action_dim * (0.5 * math.log(2 * math.pi * math.e) + k * step), 2)
+def rollout_of_the_authors(velocity, log_std, obs, x, eps):
+    """As flow_sac.rollout, but x_{i+1} = x_i + v dt + std eps, for flow-t std dt eps."""
+    is_flow_t = isinstance(velocity, flow_sac.DecodedVelocity)
+    dt = 1 / len(eps)
+    path = [x]
+    log_prob = -0.5 * (x**2 + math.log(2 * math.pi)).sum(-1)
+    for i, noise in enumerate(eps):
+        t = torch.full_like(x[:, :1], i * dt)
+        log_std_i = log_std(obs, t)
+        std = log_std_i.exp()
+        if is_flow_t:
+            std = std * dt
+            log_std_i = torch.zeros_like(log_std_i)
+        x = x + velocity(obs, x, t) * dt + std * noise
+        path.append(x)
+        log_prob = log_prob - (log_std_i + 0.5 * (noise**2 + math.log(2 * math.pi))).sum(-1)
+    return path, log_prob
 
 
-def run_of(args, policy, k):
-    """Train unless it has been trained already; returns the run's folder."""
-    folder = args.out / "runs" / f"{policy}-K{k}-{args.online_steps}-seed{args.seed}"
-    if not list(folder.glob("*/checkpoint.pt")):
-        flags = f"""--env HalfCheetah-v5 --policy {policy} --flow-steps {k} --seed {args.seed}
-            --policy-width 128 --hidden 256 256 --batch-size 256 --learning-starts 1000
-            --online-steps {args.online_steps} --eval-interval {args.online_steps}
-            --eval-episodes 4 --run-dir {folder} --target-entropy {target_entropy(k)}"""
-        command = [sys.executable, str(ROOT / "flow_sac.py"), *flags.split()]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if result.returncode:
-            sys.exit(result.stderr[-500:])
-    return next(folder.glob("*/checkpoint.pt")).parent
+class LogStdOfTheAuthors(flow_sac.LogSigma):
+    """log std in (-5, 2)."""
+
+    def __init__(self, obs_dim, action_dim, width):
+        super().__init__(obs_dim, action_dim, width, high=2.0)
+
+
+ORIGINAL = (flow_sac.rollout, flow_sac.LogSigma)
+REPLACEMENTS = {
+    "drift": ORIGINAL,
+    "no-drift": (rollout_without_drift, flow_sac.LogSigma),
+    "authors": (rollout_of_the_authors, LogStdOfTheAuthors),
+}
+
+
+def impose(condition):
+    """Make flow_sac work under this condition."""
+    flow_sac.rollout, flow_sac.LogSigma = REPLACEMENTS[condition]
+
+
+def train(
+    condition: Literal["drift", "no-drift", "authors"],
+    policy: Literal["flow-t", "flow-g", "naive"],
+    online_steps: int = 30_000,
+    learning_starts: int = 5_000,
+):
+    """online_steps, learning_starts: as in flow_sac.py."""
+    impose(condition)
+    width = 64 if policy == "flow-t" else 128
+    flags = f"""--env HalfCheetah-v5 --policy {policy} --policy-width {width} --hidden 256 256
+        --batch-size 256 --online-steps {online_steps} --learning-starts {learning_starts}
+        --eval-interval {online_steps} --eval-episodes 10 --run-dir {RUNS / condition / policy}"""
+    sys.argv = ["flow_sac.py", *flags.split()]
+    flow_sac.main()
 
 
 def observations(count, seed=0):
@@ -85,101 +118,61 @@ def observations(count, seed=0):
     return torch.as_tensor(np.array(rows), dtype=torch.float32)
 
 
-def policy_loss(nets, obs, x0, eps):
-    """flow_sac.policy_loss -> the loss, the entropy and the path [x_0, ..., x_K] that leads to it.
-
-    Of the gradient by x_0, that of its own log-density, log N(x_0; 0, I), is left out: it is the
-    same for every velocity.
-    """
-    policy = nets.policy.train()
-    normalised = policy.obs_norm(obs)
-    policy.eval()
-    x0 = x0.detach().requires_grad_()
-    path, log_prob = flow_sac.rollout(policy.velocity, policy.log_sigma, normalised, x0, eps)
-    for x in path:
-        x.retain_grad()
-    own = -0.5 * (x0**2).sum(-1)  # log N(x_0; 0, I), but for a constant
-    log_prob = log_prob - own + own.detach()
-    u = path[-1]
-    log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))
-    log_prob = log_prob - log_det.sum(-1)
-    q = nets.critic(obs, u.tanh()).amin(0)
-    loss = (nets.log_temperature.exp().detach() * log_prob - q).mean()
-    return loss, -log_prob.mean(), path
-
-
-def measure(folder, k, obs, batches=8):
-    """For the run's weights with K = k: COLUMNS, then the norms at x_0, ..., x_K."""
-    nets, _ = flow_sac.load(folder)
-    policy = nets.policy
+def gradient_norm(folder, k, obs, num_batches=8):
+    """Norm of the gradient of the policy's loss by the velocity's weights, mean over batches."""
+    nets, args = flow_sac.load(folder)
+    action_dim = nets.sizes[1]
     generator = torch.Generator().manual_seed(0)
-    rows = []
-    for part in obs.chunk(batches):
-        noise = torch.randn(k + 1, len(part), 6, generator=generator)
+    norms = []
+    for part in obs.chunk(num_batches):
+        noise = torch.randn(k + 1, len(part), action_dim, generator=generator)
+        batch = common.Batch(part, None, None, None, None, None)
         nets.zero_grad()
-        loss, entropy, path = policy_loss(nets, part, noise[0], noise[1:])
+        loss, _ = flow_sac.policy_loss(nets, batch, noise[0], noise[1:], args)
         loss.backward()
-        log_sigma = policy.log_sigma(policy.obs_norm(part), torch.full_like(part[:, :1], 0.5))
-        values = [
-            flow_sac.gradient_norm(policy.velocity),
-            flow_sac.gradient_norm(policy.log_sigma),
-            log_sigma.exp().mean(),
-            entropy,
-            nets.log_temperature.exp(),
-        ]
-        values += [x.grad.norm() for x in path]
-        rows.append([value.item() for value in values])
-    return np.mean(rows, 0)
+        norms.append(flow_sac.gradient_norms(nets.policy)["velocity_grad_norm"].item())
+    return np.mean(norms)
 
 
-def main():
-    args = tyro.cli(Args, description=__doc__)
-    args.out.mkdir(parents=True, exist_ok=True)
-    jobs = [(policy, k) for policy in POLICIES for k in args.steps]
-    if args.trained:
-        folders = [args.trained[POLICIES.index(policy)] for policy, _ in jobs]
-    else:
-        with ThreadPoolExecutor(args.workers) as pool:
-            folders = list(pool.map(lambda job: run_of(args, *job), jobs))
+def measure(steps: tuple[int, ...] = (1, 2, 4, 8, 16), out: Path = Path("results/gradients")):
+    """steps: the values of K. out: folder of table and picture."""
     obs = observations(2048)
-    rows = [(*job, measure(folder, job[1], obs)) for job, folder in zip(jobs, folders)]
-    with open(args.out / "gradients.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        points = [f"grad_x{i}" for i in range(max(args.steps) + 1)]
-        writer.writerow(["policy", "K", *COLUMNS, *points])
-        for *words, values in rows:
-            writer.writerow([*words, *(f"{v:.5g}" for v in values)])
-
-    figure = Figure(figsize=(13, 7), layout="constrained")
-    axes = figure.subplots(2, 3)
-    for column, (title, value) in enumerate(
-        {
-            "gradient norm of the velocity's parameters": lambda v: v[0],
-            "gradient norm of sigma's parameters": lambda v: v[1],
-            "gradient at x_0 / gradient at x_K": lambda v: v[5] / v[-1],
-        }.items()
-    ):
+    out.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    axes = figure.subplots(2, 3, sharey=True)
+    table = []
+    for column, condition in enumerate(CONDITIONS):
+        impose(condition)
         for policy in POLICIES:
-            picked = [(k, value(v)) for p, k, v in rows if p == policy]
-            axes[0, column].plot(*zip(*picked), "o-", label=policy)
-        axes[0, column].set(title=title)
-    for column, policy in enumerate(POLICIES):
-        for p, k, v in rows:
-            if p == policy:
-                axes[1, column].plot(np.arange(k + 1) / k, v[5:], ".-", label=f"K = {k}")
-        axes[1, column].set(title=f"{policy}: gradient norm at x_i", xlabel="i / K")
+            (folder,) = (RUNS / condition / policy).iterdir()
+            norms = [gradient_norm(folder, k, obs) for k in steps]
+            with open(folder / "train.csv") as file:
+                rows = list(csv.DictReader(file))
+            trained = [float(row["velocity_grad_norm"]) for row in rows]
+            with open(folder / "eval.csv") as file:
+                final_return = float(list(csv.DictReader(file))[-1]["return"])
+            late = np.mean(trained[-len(trained) // 3 :])  # the last third of the training
+            table.append([condition, policy, final_return, late, *norms])
+            axes[0, column].plot(steps, norms, "o-", label=policy)
+            thousands = [int(row["step"]) / 1000 for row in rows]
+            axes[1, column].plot(thousands, trained, linewidth=1, label=policy)
+        axes[0, column].set(title=condition, xlabel="K")
+        axes[0, column].set_xscale("log", base=2)
+        axes[1, column].set_xlabel("thousand steps of training with K = 4")
     for axis in axes.flat:
         axis.set_yscale("log")
-        axis.legend()
+        axis.set_ylabel("gradient norm")
         axis.grid(alpha=0.3)
-    for axis in axes[0]:
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel("K")
-    figure.savefig(args.out / "gradients.png")
-    for policy, k, values in rows:
-        shown = " ".join(f"{name} {v:.3g}" for name, v in zip(COLUMNS, values))
-        print(f"{policy:7} K {k:2}  {shown}  x_0 / x_K {values[5] / values[-1]:.3g}")
+        axis.legend()
+    figure.savefig(out / "gradients.png")
+    names = ["condition", "policy", "return", "norm_while_training", *(f"K={k}" for k in steps)]
+    with open(out / "gradients.csv", "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names)
+        for condition, policy, *values in table:
+            writer.writerow([condition, policy, *(f"{value:.4g}" for value in values)])
+    print((out / "gradients.csv").read_text())
 
 
 if __name__ == "__main__":
-    main()
+    tyro.extras.subcommand_cli_from_dict(dict(train=train, measure=measure), description=__doc__)

@@ -1,10 +1,12 @@
 """Times a method's update beside its bare matrix products; prints one line of JSON.
 
-    python tests/bench_update.py --method qflow --hidden 512 --device cpu --threads 1
+    python tests/bench_update.py --method qflow --hidden 512 512 512 512 --device cpu --threads 1
+    python tests/bench_update.py --method flow_sac
 
-Sizes are antmaze-giant's (29 observations, 8 actions), draws are part of it, the batch is given.
-floor_ratio is the time of an update over that of just its matrix products, run back to back in this
-process on the same threads and backend.
+Sizes are those of antmaze-giant (29 observations, 8 actions), SAC Flow's of HalfCheetah (17, 6),
+whose update is one of the critics and a third of one of the policy. Draws are part of it, the batch
+is given. floor_ratio is the time of an update over that of just its matrix products, run back to
+back in this process on the same threads and backend.
 """
 
 import importlib
@@ -13,7 +15,7 @@ import resource
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,14 +30,16 @@ import qflow  # noqa: E402
 
 @dataclass
 class Args:
-    method: Literal["qflow", "fql"] = "qflow"
+    method: Literal["qflow", "fql", "flow_sac"] = "qflow"
     """the script to time"""
-    hidden: int = 512
-    """width of the four hidden layers"""
-    batch_size: int = 256
-    """transitions per update"""
-    flow_steps: int = 10
-    """Euler steps from noise to action"""
+    hidden: tuple[int, ...] = ()
+    """widths of the hidden layers; default: the script's"""
+    batch_size: int = 0
+    """transitions per update; default: the script's"""
+    flow_steps: int = 0
+    """Euler steps from noise to action; default: the script's"""
+    policy: Literal["flow-t", "flow-g", "naive"] = "flow-g"
+    """velocity network of SAC Flow"""
     device: str = "cpu"
     """cpu or cuda"""
     threads: int = 1
@@ -85,6 +89,49 @@ def milliseconds(function, seconds, device, burn_in):
     return statistics.median(times), deciles[0], deciles[-1]
 
 
+def offline_update(method, settings, device, compiles):
+    """An update of qflow or fql without arguments, and its generator."""
+    nets = method.Networks(29, 8, settings).to(device)
+    optimizer = method.make_optimizer(nets, settings)
+    generator = torch.Generator(device)
+    loss = method.total_loss
+    if compiles:
+        loss = torch.compile(loss, fullgraph=True)
+    batch = random_batch(settings.batch_size, 29, 8, device)
+
+    def update():
+        draws = method.draw(batch.actions, generator)
+        return method.update(nets, optimizer, batch, draws, settings, loss)
+
+    return update, generator
+
+
+def online_update(method, settings, device, compiles):
+    """Three updates of flow_sac's critics and one of its policy; and the generator."""
+    nets = method.Networks(17, 6, settings).to(device)
+    optimizers = method.make_optimizers(nets, settings)
+    generator = torch.Generator(device)
+    losses = [method.critic_loss, method.policy_loss]
+    if compiles:
+        losses = [torch.compile(loss, fullgraph=True) for loss in losses]
+    batch = random_batch(settings.batch_size, 17, 6, device)
+
+    def update():
+        for _ in range(settings.policy_frequency):
+            draws = method.draw(batch.actions, settings.flow_steps, generator)
+            metrics = method.update_critic(nets, optimizers, batch, draws, settings, losses[0])
+        return metrics | method.update_policy(nets, optimizers, batch, draws, settings, losses[1])
+
+    return update, generator
+
+
+def random_batch(n, obs_dim, action_dim, device):
+    obs, next_obs = torch.randn(2, n, obs_dim, device=device)
+    actions = torch.rand(n, action_dim, device=device) * 2 - 1
+    ones = torch.ones(n, device=device)
+    return common.Batch(obs, actions, -ones, ones, next_obs, ones[:, None])
+
+
 def main():
     args = tyro.cli(Args, description=__doc__)
     method = importlib.import_module(args.method)
@@ -94,29 +141,18 @@ def main():
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
     qflow.set_matmul_precision(args.matmul_precision, device)
-    settings = method.Args(
-        hidden=(args.hidden,) * 4, batch_size=args.batch_size, flow_steps=args.flow_steps
-    )
-    nets = method.Networks(29, 8, settings).to(device)
-    optimizer = method.make_optimizer(nets, settings)
-    generator = torch.Generator(device)
-    n = args.batch_size
-    obs, next_obs = torch.randn(2, n, 29, device=device)
-    actions = torch.rand(n, 8, device=device) * 2 - 1
-    ones = torch.ones(n, device=device)
-    batch = common.Batch(obs, actions, -ones, ones, next_obs, ones[:, None])
-
-    def update_with(loss):
-        draws = method.draw(batch.actions, generator)
-        return method.update(nets, optimizer, batch, draws, settings, loss)
-
-    loss = method.total_loss
-    if args.compile:
-        loss = torch.compile(method.total_loss, fullgraph=True)
-
-    def update():
-        return update_with(loss)
-
+    chosen = {}
+    for name in ("hidden", "batch_size", "flow_steps"):
+        if getattr(args, name):
+            chosen[name] = getattr(args, name)
+    make_update = offline_update
+    per_call = 1  # updates
+    settings = method.Args(**chosen)
+    if args.method == "flow_sac":
+        make_update = online_update
+        settings = replace(settings, policy=args.policy)
+        per_call = settings.policy_frequency
+    update, generator = make_update(method, settings, device, args.compile)
     captures = args.compile and device.type == "cuda"
     if captures:
         update = method.CUDAGraph(update, generator)
@@ -131,8 +167,9 @@ def main():
         name = "cpu"
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    plain_update, _ = make_update(method, settings, device, compiles=False)
     with RecordProducts() as record:
-        update_with(method.total_loss)
+        plain_update()
     flop = sum(2 * a.numel() * b.shape[-1] for a, b in record.operands)
     outs = [torch.matmul(a, b) for a, b in record.operands]
 
@@ -144,14 +181,20 @@ def main():
     if captures:
         products = method.CUDAGraph(products, generator)
     floor, _, _ = milliseconds(products, args.seconds, device, burn_in=5)
+    args = replace(
+        args,
+        hidden=settings.hidden,
+        batch_size=settings.batch_size,
+        flow_steps=settings.flow_steps,
+    )
     result = dict(
         **vars(args),
-        updates_per_s=round(1000 / median, 1),
-        ms_median=round(median, 3),
-        ms_p10=round(low, 3),
-        ms_p90=round(high, 3),
-        gflop=round(flop / 1e9, 6),
-        floor_ms=round(floor, 3),
+        updates_per_s=round(1000 * per_call / median, 1),
+        ms_median=round(median / per_call, 3),
+        ms_p10=round(low / per_call, 3),
+        ms_p90=round(high / per_call, 3),
+        gflop=round(flop / per_call / 1e9, 6),
+        floor_ms=round(floor / per_call, 3),
         floor_ratio=round(median / floor, 3),
         first_update_s=round(first, 1),
         peak_memory_mb=round(memory / 1e6),

@@ -43,8 +43,13 @@ class Bomb:
 
 def one_environment(make_env, num_envs):
     """make_envs without processes: the environment must exist, but nothing is played."""
-    make_env().close()
-    return Mock(metadata=dict(autoreset_mode=AutoresetMode.SAME_STEP))
+    env = make_env()
+    env.close()
+    return Mock(
+        metadata=dict(autoreset_mode=AutoresetMode.SAME_STEP),
+        single_observation_space=env.observation_space,
+        single_action_space=env.action_space,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -118,9 +123,13 @@ VALUES = {  # flag -> (values that are mistakes, values that are none)
     "offline_steps": COUNT,
     "online_steps": ([*NUMBER, -1, 1.5, 10**30], [0, 10**6]),
     "flow_sac online_steps": ([*COUNT[0], 1000], [1001, 10**6]),
-    "num_envs": (COUNT[0], [1, 1000]),
-    "learning_starts": ([*COUNT[0], 15_000], [1, 14_999]),
-    "buffer_size": COUNT,
+    "flow_sac offline_steps": ([*NUMBER, -1, 1.5, 1, 10**30], [0]),
+    "flow_sac task": ([*NUMBER, -1, 1.5, 1, 6], [0]),
+    "flow_sac dataset_url": (["x", LONG], []),
+    "bc_weight": ([*NUMBER, -1], [0, 100]),
+    "noise_std": ([*NUMBER, -1, 0.6], [0]),
+    "acting_noise_std": ([*NUMBER, -1, 0.6, 0.1], [0]),
+    "learning_starts": ([*NUMBER, -1, 1.5, 15_000], [0, 1, 14_999]),
     "batch_size": COUNT,
     "lr": RATE,
     "policy_lr": RATE,
@@ -190,12 +199,25 @@ def test_command_lines(refused, monkeypatch):
     assert args.lr == 2 and args.hidden == (8,)  # the last of a repeated flag counts
 
 
-@pytest.mark.parametrize("script", ["qflow", "fql"])
+def test_flags_of_a_dataset_need_one(refused):
+    names = ("Pendulum-v1", "cube-single-singletask-v0")  # the latter is a Gymnasium id
+    for flags in (["--task", 2], ["--dataset", "x.npz"], ["--offline-steps", 5]):
+        for name in names:
+            refused("flow_sac", "--env", name, *flags, says=[f"--env {name} is not an OGBench"])
+    says = ["--acting-noise-std 0.02: must be positive with --noise-std, else 0"]
+    refused("flow_sac", "--env", NAME, "--noise-std", 0, says=says)
+    says = ["--learning-starts 2: must be at least --horizon 5 - 1"]
+    refused("flow_sac", "--learning-starts", 2, "--horizon", 5, says=says)
+    refused("flow_sac", "--env", "cube-double-play-v0", "--task", 6, says=["--task 6", "closest"])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_compiling_without_a_compiler(script, start, refused, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     refused(script, "--device", "cpu", "--compile", says=["--compile: no C++ compiler found"])
     monkeypatch.setenv("CXX", "my-compiler")
+    monkeypatch.setattr(common, "Run", Mock(side_effect=Accepted))
     with pytest.raises(Accepted):
         start(script, "--device", "cpu", "--compile")
 

@@ -86,7 +86,7 @@ def test_online_updates_are_those_of_the_cpu():
     for device in ("cpu", "cuda"):
         args, nets, batch, draws = test_flow_sac.make()
         nets.to(device)
-        batch = flow_sac.Batch(*(x.to(device) for x in batch))
+        batch = common.Batch(*(x.to(device) for x in batch))
         draws = flow_sac.Draws(*(x.to(device) for x in draws))
         optimizers = flow_sac.make_optimizers(nets, args)
         for _ in range(3):

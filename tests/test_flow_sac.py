@@ -2,6 +2,7 @@
 
 import csv
 import math
+from contextlib import closing
 from pathlib import Path
 
 import gymnasium
@@ -14,7 +15,6 @@ import common
 import flow_sac
 
 ROOT = Path(__file__).parent.parent
-CPU = torch.device("cpu")
 
 # ---------------------------------------------------------------------- the marginal is preserved
 
@@ -82,23 +82,34 @@ def test_noise_preserves_the_distribution_and_without_drift_it_does_not(velocity
 
 
 def make(obs_dim=5, action_dim=3, batch_size=16, **settings):
-    """Small networks, a random batch and random draws, in float64: there no rounding shows."""
+    """Small networks, a random batch and random draws, in float64: there no rounding shows.
+
+    With a horizon, action_dim is that of a chunk, a multiple of the horizon; some chunks are cut.
+    """
     torch.manual_seed(0)
     sizes = dict(hidden=(32, 32), policy_width=16, batch_size=batch_size)
     args = flow_sac.Args(**{**sizes, **settings})
     nets = flow_sac.Networks(obs_dim, action_dim, args).double()
     normal = lambda *shape: torch.randn(*shape, dtype=torch.float64)
-    batch = flow_sac.Batch(
+    num_valid = torch.arange(batch_size) % args.horizon + 1
+    batch = common.Batch(
         observations=normal(batch_size, obs_dim),
         actions=normal(batch_size, action_dim).tanh(),
         rewards=normal(batch_size),
         masks=(normal(batch_size) > -0.5).double(),
         next_observations=normal(batch_size, obs_dim),
+        valid=(torch.arange(args.horizon) < num_valid[:, None]).double(),
     )
     next_noise = normal(args.flow_steps + 1, batch_size, action_dim)
     noise = normal(args.flow_steps + 1, batch_size, action_dim)
-    draws = flow_sac.Draws(next_noise[0], next_noise[1:], noise[0], noise[1:])
+    t = torch.rand(batch_size, 1, dtype=torch.float64)
+    draws = flow_sac.Draws(next_noise[0], next_noise[1:], noise[0], noise[1:], t)
     return args, nets, batch, draws
+
+
+OFFLINE = dict(  # small networks in the rest of the settings that come with a dataset
+    critic="sac", q_agg="mean", horizon=3, bc_weight=100.0, noise_std=0.05, acting_noise_std=0.02
+)
 
 
 def follow(policy, obs, x0, eps):
@@ -126,11 +137,12 @@ def test_log_density_of_the_path_against_torch_distributions(policy):
 
 
 @pytest.mark.parametrize("policy", ["flow-t", "flow-g", "naive"])
-def test_gradient_of_the_policy_loss_by_finite_differences(policy):
-    args, nets, batch, draws = make(policy=policy)
+@pytest.mark.parametrize("settings", [dict(), OFFLINE], ids=["scratch", "offline"])
+def test_gradient_of_the_policy_loss_by_finite_differences(policy, settings):
+    args, nets, batch, draws = make(policy=policy, **settings)
 
     def loss():
-        return flow_sac.policy_loss(nets, batch, draws.policy_x0, draws.policy_eps)[0]
+        return flow_sac.policy_loss(nets, batch, draws.policy_x0, draws.policy_eps, args)[0]
 
     nets.zero_grad()
     loss().backward()
@@ -172,51 +184,45 @@ def test_saturated_actions_have_finite_losses_and_a_gradient_that_leads_back():
         assert all(p.isfinite().all() for p in nets.parameters())
 
 
-def test_gradients_by_the_points_of_the_path(monkeypatch):
-    """Against a rollout written out here, in which one x_i at a time is shifted."""
+@pytest.mark.parametrize("policy", ["flow-t", "flow-g"])
+@pytest.mark.parametrize("condition", ["no-drift", "authors"])
+def test_rollouts_of_the_diagnosis_against_torch_distributions(policy, condition, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "results")
     import flow_sac_gradients
 
-    _, nets, batch, draws = make(batch_size=4, flow_steps=3)
-
-    def loss(i, shift):
-        policy = nets.policy.train()
-        obs, x = policy.obs_norm(batch.observations), draws.policy_x0
-        policy.eval()
-        for k in range(3):
-            x = x + shift * (k == i)
-            t = torch.full((4, 1), k / 3, dtype=torch.float64)
-            v, sigma = policy.velocity(obs, x, t), policy.log_sigma(obs, t).exp()
-            drift = v + sigma**2 / 2 * (t * v - x) / (1 - t)
-            x = x + drift / 3 + sigma * draws.policy_eps[k] / math.sqrt(3)
-        action = (x + shift * (i == 3)).tanh()
-        log_prob = -torch.log(1 - action**2).sum(-1)  # all of it that depends on x_i
-        q = nets.critic(batch.observations, action).amin(0)
-        return (nets.log_temperature.exp() * log_prob - q).mean()
-
-    expected = []
-    for i in range(4):
-        shift = torch.zeros(4, 3, dtype=torch.float64, requires_grad=True)
-        (gradient,) = torch.autograd.grad(loss(i, shift), shift)
-        expected.append(gradient.norm().item())
-    _, nets, _, _ = make(batch_size=4, flow_steps=3)
-    inputs = batch.observations, draws.policy_x0, draws.policy_eps
-    found, entropy, path = flow_sac_gradients.policy_loss(nets, *inputs)
-    found.backward()
-    assert [x.grad.norm().item() for x in path] == pytest.approx(expected, rel=1e-8)
-    trained, metrics = flow_sac.policy_loss(nets, batch, draws.policy_x0, draws.policy_eps)
-    assert found.item() == pytest.approx(trained.item(), rel=1e-8)
-    assert entropy.item() == pytest.approx(metrics["entropy"].item(), rel=1e-8)
+    _, nets, batch, draws = make(policy=policy, flow_steps=3)
+    rollout, log_sigma_class = flow_sac_gradients.REPLACEMENTS[condition]
+    log_sigma = log_sigma_class(5, 3, 16).double()
+    obs, x0, eps = batch.observations, draws.policy_x0, draws.policy_eps
+    path, log_prob = rollout(nets.policy.velocity, log_sigma, obs, x0, eps)
+    expected = Normal(0, 1).log_prob(x0).sum(-1)
+    x = x0
+    for i in range(3):
+        t = torch.full((16, 1), i / 3, dtype=torch.float64)
+        std = log_sigma(obs, t).exp()
+        unit = torch.ones_like(std)  # of the density
+        if condition == "no-drift":
+            std = std / math.sqrt(3)
+        elif policy == "flow-t":
+            std = std / 3
+            unit = std  # it is left out
+        mean = x + nets.policy.velocity(obs, x, t) / 3
+        x = mean + std * eps[i]
+        assert torch.allclose(path[i + 1], x)
+        expected += (Normal(mean, std).log_prob(x) + unit.log()).sum(-1)
+    assert torch.allclose(log_prob, expected, rtol=1e-10)
+    assert log_sigma.high == (2.0 if condition == "authors" else 0.0)
 
 
 def test_logged_gradient_norms_are_those_of_the_loss():
     args, nets, batch, draws = make()
-    metrics = flow_sac.update_policy(nets, flow_sac.make_optimizers(nets, args), batch, draws, args)
+    flow_sac.update_policy(nets, flow_sac.make_optimizers(nets, args), batch, draws, args)
+    norms = flow_sac.gradient_norms(nets.policy)
     _, nets, _, _ = make()
-    flow_sac.policy_loss(nets, batch, draws.policy_x0, draws.policy_eps)[0].backward()
+    flow_sac.policy_loss(nets, batch, draws.policy_x0, draws.policy_eps, args)[0].backward()
     for name, module in (("policy", nets.policy), ("velocity", nets.policy.velocity)):
         norm = torch.cat([p.grad.flatten() for p in module.parameters()]).norm()
-        assert metrics[f"{name}_grad_norm"].item() == pytest.approx(norm.item(), rel=1e-8)
+        assert norms[f"{name}_grad_norm"].item() == pytest.approx(norm.item(), rel=1e-8)
 
 
 def test_evaluation_leaves_out_the_noise_and_keeps_the_drift():
@@ -228,6 +234,91 @@ def test_evaluation_leaves_out_the_noise_and_keeps_the_drift():
         x = x + (v + sigma**2 / 2 * (t * v - x) / (1 - t)) / 3
     actions = flow_sac.sample_actions(nets, batch.observations, draws.next_x0, args)
     assert torch.allclose(actions, x.tanh())
+
+
+# ----------------------------------------------------------------------------- with a dataset
+
+
+def test_a_given_noise_is_the_unit_of_the_density():
+    std = 0.05
+    _, nets, batch, draws = make(flow_steps=3, **OFFLINE)
+    obs = batch.observations
+    x0, eps = draws.policy_x0, draws.policy_eps
+    actions, log_prob = flow_sac.explore(nets.policy, obs, x0, eps, std)
+    x = x0
+    expected = Normal(0, 1).log_prob(x).sum(-1)
+    for i in range(3):
+        t = torch.full((16, 1), i / 3, dtype=torch.float64)
+        v = nets.policy.velocity(obs, x, t)
+        mean = x + (v + 3 * std**2 / 2 * (t * v - x) / (1 - t)) / 3  # sigma is std sqrt(3)
+        x = mean + std * eps[i]
+        expected += Normal(mean / std, 1).log_prob(x / std).sum(-1)
+    expected -= TanhTransform().log_abs_det_jacobian(x, actions).sum(-1)
+    assert torch.allclose(actions, x.tanh())
+    assert torch.allclose(log_prob, expected, rtol=1e-10)
+
+
+def test_each_use_of_the_policy_has_its_noise(monkeypatch):
+    args, nets, batch, draws = make(**OFFLINE)
+    assert not hasattr(nets.policy, "log_sigma")
+    used = []
+    explore = flow_sac.explore
+
+    def record(policy, obs, x0, eps, noise_std=0.0):
+        used.append((noise_std, eps.abs().max() > 0))
+        return explore(policy, obs, x0, eps, noise_std)
+
+    monkeypatch.setattr(flow_sac, "explore", record)
+    flow_sac.critic_loss(nets, batch, draws.next_x0, draws.next_eps, args)
+    flow_sac.policy_loss(nets, batch, draws.policy_x0, draws.policy_eps, args)
+    flow_sac.sample_actions(nets, batch.observations, draws.policy_x0, args)
+    assert used == [(0.02, True), (0.05, True), (0.02, False)]
+
+
+def test_flow_matching_counts_the_actions_before_the_end_of_the_episode():
+    args, nets, batch, draws = make(**OFFLINE)
+    loss, _ = flow_sac.flow_loss(nets, batch, draws.policy_x0, draws.flow_t)
+    expected = 0.0
+    for b in range(16):
+        x0, action, t = draws.policy_x0[b], batch.actions[b], draws.flow_t[b]
+        xt = (1 - t) * x0 + t * action
+        v = nets.policy.velocity(batch.observations[b : b + 1], xt[None], t[None])[0]
+        for i in range(b % 3 + 1):  # one action a step of the chunk; the others are not valid
+            expected += (v[i] - (action[i] - x0[i])) ** 2 / (16 * 3)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_the_critics_loss_of_chunks():
+    args, nets, batch, draws = make(**OFFLINE)
+    with torch.no_grad():
+        for parameter in nets.target_critic.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, dtype=torch.float64)
+        inputs = batch.next_observations, draws.next_x0, draws.next_eps, 0.02
+        next_actions, log_prob = flow_sac.explore(nets.policy, *inputs)
+        next_q = nets.target_critic(batch.next_observations, next_actions).mean(0)
+        target = batch.rewards + 0.99**3 * batch.masks * (next_q - 0.2 * log_prob)
+        error = nets.critic(batch.observations, batch.actions) - target
+        whole = torch.arange(16) % 3 == 2  # the others end before their last step
+        expected = (error[:, whole] ** 2).sum() / (2 * 16)
+    loss, _ = flow_sac.critic_loss(nets, batch, draws.next_x0, draws.next_eps, args)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_the_behaviour_term():
+    args, nets, batch, draws = make(**OFFLINE)
+    without = flow_sac.replace(args, bc_weight=0.0)
+    inputs = nets, batch, draws.policy_x0, draws.policy_eps
+    loss, metrics = flow_sac.policy_loss(*inputs, args)
+    other, _ = flow_sac.policy_loss(*inputs, without)
+    obs = batch.observations
+    actions, _ = flow_sac.explore(nets.policy, obs, draws.policy_x0, draws.policy_eps, 0.05)
+    expected = ((actions - batch.actions) ** 2).sum() / (16 * 3)  # also where it is not valid
+    assert metrics["bc_loss"].item() == pytest.approx(expected.item(), rel=1e-10)
+    assert (loss - other).item() == pytest.approx(100 * expected.item(), rel=1e-8)
+    nets.zero_grad()
+    metrics["bc_loss"].backward()
+    got = {name for name, p in nets.named_parameters() if p.grad is not None}
+    assert got == {f"policy.velocity.{name}" for name, _ in nets.policy.velocity.named_parameters()}
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -338,6 +429,31 @@ def test_batch_renorm_against_numpy_before_and_after_its_warm_up():
     assert norm.calls == 8 and np.allclose(state["mean"], norm.mean)
 
 
+@pytest.mark.parametrize("warmup", [0, 100])
+def test_gradients_of_batch_renorm_are_those_of_autograd(warmup):
+    torch.manual_seed(0)
+    norm = flow_sac.BatchRenorm(2, 1, 3, warmup=warmup).double()
+    for x in (norm.scale, norm.bias, norm.mean):
+        torch.nn.init.normal_(x)
+    x = (2 * torch.randn(2, 20, 3, dtype=torch.float64) + 5).requires_grad_()
+    weights = torch.randn(2, 20, 3, dtype=torch.float64)
+    inputs = [x, norm.scale, norm.bias]
+    running_mean, running_std = norm.mean.clone(), (norm.var + 1e-3).sqrt()
+    found = torch.autograd.grad((norm(x) * weights).sum(), inputs)
+
+    mean = x.mean(1, keepdim=True)
+    std = (((x - mean) ** 2).mean(1, keepdim=True) + 1e-3).sqrt()
+    y = (x - mean) / std
+    if warmup == 0:
+        r = (std / running_std).detach().clamp(1 / 3, 3)
+        d = ((mean - running_mean) / running_std).detach().clamp(-5, 5)
+        assert (r != 1).any() and (d != 0).any()
+        y = y * r + d
+    expected = torch.autograd.grad(((y * norm.scale + norm.bias) * weights).sum(), inputs)
+    for one, other in zip(found, expected):
+        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
 def test_after_the_warm_up_r_and_d_get_no_gradient():
     norm = flow_sac.BatchRenorm(1, 3, warmup=0, eps=0.0).double()
     x = torch.randn(20, 3, dtype=torch.float64, requires_grad=True)
@@ -377,18 +493,21 @@ def test_crossq_loss_is_that_of_one_joint_forward_pass_in_numpy():
     assert not any(module.training for module in nets.modules())
 
 
-@pytest.mark.parametrize("critic", ["crossq", "sac"])
-def test_each_loss_trains_its_own_networks_only(critic):
-    args, nets, batch, draws = make(critic=critic)
-    for own, loss in {
-        "critic": lambda: flow_sac.critic_loss(nets, batch, draws.next_x0, draws.next_eps, args),
-        "policy": lambda: flow_sac.policy_loss(nets, batch, draws.policy_x0, draws.policy_eps),
-    }.items():
+@pytest.mark.parametrize("settings", [dict(critic="crossq"), dict(critic="sac"), OFFLINE])
+def test_each_loss_trains_its_own_networks_only(settings):
+    args, nets, batch, draws = make(**settings)
+    policy_noise = draws.policy_x0, draws.policy_eps
+    for own, loss in [
+        ("critic", lambda: flow_sac.critic_loss(nets, batch, draws.next_x0, draws.next_eps, args)),
+        ("policy", lambda: flow_sac.policy_loss(nets, batch, *policy_noise, args)),
+        ("policy", lambda: flow_sac.flow_loss(nets, batch, draws.policy_x0, draws.flow_t)),
+    ]:
         nets.zero_grad()
         loss()[0].backward()
         got = {k.split(".")[0] for k, p in nets.named_parameters() if p.grad is not None}
         assert got == {own}
-    assert ("target_critic" in dict(nets.named_children())) == (critic == "sac")
+    has_target = "target_critic" in dict(nets.named_children())
+    assert has_target == (args.critic == "sac")
 
 
 def test_sac_loss_is_that_of_the_target_critics_and_their_minimum():
@@ -424,7 +543,7 @@ def test_sac_target_critic_follows_and_crossq_policy_uses_running_statistics():
 
     args, nets, batch, draws = make(critic="crossq")
     before = {k: b.clone() for k, b in nets.critic.named_buffers()}
-    flow_sac.policy_loss(nets, batch, draws.policy_x0, draws.policy_eps)
+    flow_sac.policy_loss(nets, batch, draws.policy_x0, draws.policy_eps, args)
     assert all(torch.equal(b, before[k]) for k, b in nets.critic.named_buffers())
     assert nets.policy.obs_norm.calls == 1
 
@@ -458,92 +577,118 @@ class Counter(gymnasium.Env):
         return obs, 1.0, not even and self.steps == 3, even and self.steps == 5, {}
 
 
-@pytest.mark.parametrize("num_envs", [1, 3])
-def test_the_buffer_gets_true_last_observations_and_masks(tmp_path, monkeypatch, num_envs):
-    added, calls = [], []
-    add = flow_sac.ReplayBuffer.add
-    for name in ("update_critic", "update_policy"):
-        function = getattr(flow_sac, name)
-        counted = lambda *inputs, name=name, f=function: calls.append(name) or f(*inputs)
-        monkeypatch.setattr(flow_sac, name, counted)
-
-    def record(self, *columns):
-        added.append([np.array(column) for column in columns])
-        add(self, *columns)
-
-    monkeypatch.setattr(flow_sac.ReplayBuffer, "add", record)
-    args = flow_sac.Args(
-        online_steps=60,
-        learning_starts=40,
-        batch_size=8,
-        hidden=(8,),
-        policy_width=8,
-        eval_episodes=2,
-    )
-    run = common.Run(tmp_path / "run", dict(script="flow_sac.py"))
-    envs, eval_envs = (flow_sac.make_envs(Counter, n) for n in (num_envs, 2))
-    flow_sac.train(args, envs, eval_envs, run, CPU)
-    envs.close()
-    eval_envs.close()
-    obs, actions, rewards, masks, next_obs = (np.concatenate(c) for c in zip(*added))
-    assert calls.count("update_critic") == (20 if num_envs == 1 else 21)  # from 40 or 42 on
-    assert calls.count("update_policy") == 7
-    with open(run.folder / "train.csv") as file:  # only the last one is due
-        assert [row["step"] for row in csv.DictReader(file)] == ["60"]
-    assert len(np.unique(actions[:40])) == 40 and abs(actions[:40].mean()) < 0.3  # uniform
-    assert len(obs) == 60 and (rewards == 1).all() and (abs(actions) <= 1).all()
-    assert (next_obs == obs + [0, 1]).all()  # never the first observation of the next episode
-    ends = (obs[:, 0] % 2 == 1) & (next_obs[:, 1] == 3)
-    assert ends.sum() >= 6 and (masks == ~ends).all()
-    assert (obs[:, 1] <= 4).all() and (next_obs[:, 1] == 5).sum() >= 6  # cut, and bootstrapped
+def train_on(make_env, folder, dataset, **settings):
+    """Run train with two environments for evaluation; the networks."""
+    sizes = dict(hidden=(8,), policy_width=8, batch_size=8, eval_episodes=2)
+    args = flow_sac.Args(**{**sizes, **settings})
+    run = common.Run(folder, dict(script="flow_sac.py", args=vars(args)))
+    with closing(flow_sac.make_envs(make_env, 2)) as envs, run:
+        return flow_sac.train(args, dataset, make_env(), envs, run)
 
 
-@pytest.mark.parametrize("mode", ["NEXT_STEP", "DISABLED"])
-def test_other_autoreset_modes_are_refused(tmp_path, mode):
-    mode = gymnasium.vector.AutoresetMode[mode]
-    bad, good = (
-        gymnasium.vector.SyncVectorEnv([Counter], autoreset_mode=m)
-        for m in (mode, gymnasium.vector.AutoresetMode.SAME_STEP)
-    )
-    for pair in ((bad, good), (good, bad)):
-        with pytest.raises(ValueError, match="SAME_STEP"):
-            flow_sac.train(flow_sac.Args(), *pair, None, CPU)
-
-
-def test_the_buffer_keeps_the_last_transitions():
-    buffer = flow_sac.ReplayBuffer(5, 2, 1, "cpu")
-    for i in range(4):
-        pair = np.array([2.0 * i, 2 * i + 1])
-        buffer.add(np.stack([pair, pair], 1), pair[:, None], pair, pair, np.stack([pair, pair], 1))
-    assert sorted(buffer.rows[:, 2].tolist()) == [3, 4, 5, 6, 7]
-    batch = buffer.sample(100, torch.Generator().manual_seed(0))
-    assert set(batch.rewards.tolist()) == {3, 4, 5, 6, 7}
-    assert batch.observations.shape == (100, 2) and batch.masks.shape == (100,)
-    assert torch.equal(batch.rewards, batch.next_observations[:, 1])
-
-
-def short_run(folder, **settings):
-    """A real run on Pendulum; train.csv without its columns of time, eval.csv, the networks."""
-    sizes = dict(hidden=(32, 32), policy_width=16, batch_size=32, eval_episodes=2)
-    steps = dict(online_steps=300, learning_starts=200, eval_interval=150, log_interval=50)
-    args = flow_sac.Args(**{**sizes, **steps, **settings})
-    make_env = lambda: flow_sac.make_env(args.env)
-    envs, eval_envs = (flow_sac.make_envs(make_env, n) for n in (args.num_envs, 2))
-    with common.Run(folder, dict(script="flow_sac.py", args=vars(args))) as run:
-        nets = flow_sac.train(args, envs, eval_envs, run, CPU)
-    envs.close()
-    eval_envs.close()
+def read_rows(folder):
+    """The rows of train.csv without its column of time."""
     with open(folder / "train.csv") as file:
         rows = list(csv.DictReader(file))
     for row in rows:
         row.pop("time_steps_per_s")
-    return rows, (folder / "eval.csv").read_text(), nets
+    return rows
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The names of the update functions that are called."""
+    calls = []
+    for name in ("update_critic", "update_velocity", "update_policy"):
+        function = getattr(flow_sac, name)
+        counted = lambda *inputs, name=name, f=function: calls.append(name) or f(*inputs)
+        monkeypatch.setattr(flow_sac, name, counted)
+    return calls
+
+
+def test_from_scratch_it_begins_with_uniform_actions_and_then_learns(tmp_path, calls):
+    dataset = common.Dataset.empty(2, 1)
+    settings = dict(online_steps=60, learning_starts=40)
+    train_on(Counter, tmp_path / "run", dataset, **settings)
+    assert calls.count("update_critic") == 20 and calls.count("update_policy") == 7
+    assert calls[:2] == ["update_critic", "update_policy"] and "update_velocity" not in calls
+    (row,) = read_rows(tmp_path / "run")  # only the last one is due
+    assert row["step"] == "60" and row["train_return"] == "4.0"  # of 5 and 3, as often
+    actions = dataset.actions[dataset.rows].numpy()
+    assert len(np.unique(actions[:40])) == 40 and abs(actions[:40].mean()) < 0.3  # uniform
+    assert len(dataset) == 60 and (abs(actions) <= 1).all()
+    batch = dataset.chunks(torch.arange(60), 1, 1.0)
+    obs, next_obs = batch.observations, batch.next_observations
+    assert (batch.rewards == 1).all()
+    assert torch.equal(next_obs, obs + torch.tensor([0.0, 1.0]))  # of the same episode
+    ends = (obs[:, 0] % 2 == 1) & (next_obs[:, 1] == 3)
+    assert ends.sum() >= 6 and torch.equal(batch.masks, (~ends).float())
+    assert (next_obs[:, 1] == 5).sum() >= 6  # cut, and bootstrapped
+
+
+def counter_dataset():
+    """Twenty episodes of Counter's, with random actions."""
+    dataset = common.Dataset.empty(2, 1)
+    dataset.reserve(100)
+    env = Counter()
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        obs, _ = env.reset()
+        done = False
+        while not done:
+            action = rng.uniform(-1, 1, 1)
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            done = terminated or truncated
+            dataset.append(obs, action, reward, 1 - terminated, next_obs, done)
+            obs = next_obs
+    return dataset
+
+
+def test_with_a_dataset_each_offline_batch_has_two_updates(tmp_path, calls):
+    settings = {**OFFLINE, "horizon": 2, "policy_frequency": 1}
+    steps = dict(offline_steps=10, online_steps=30, learning_starts=20, log_interval=5)
+    dataset = counter_dataset()
+    before = len(dataset)
+    train_on(Counter, tmp_path / "run", dataset, **settings, **steps)
+    offline = ["update_critic", "update_velocity", "update_critic", "update_policy"]
+    assert calls == 10 * offline + 10 * ["update_critic", "update_policy"]
+    assert len(dataset) == before + 30
+    rows = read_rows(tmp_path / "run")
+    assert [row["step"] for row in rows] == ["5", "10", "35", "40"]  # none while it only collects
+    assert [row["flow_loss"] == "nan" for row in rows] == [False, False, True, True]
+    assert all(0 < float(row["bc_loss"]) < 10 for row in rows)
+    assert [row["train_return"] == "nan" for row in rows] == [True, True, False, False]
+    # without any update the actions are not uniform: the policy was trained before
+    actions = dataset.actions[dataset.rows][before : before + 20]
+    assert len(actions.unique()) == 20
+
+
+@pytest.mark.parametrize("mode", ["NEXT_STEP", "DISABLED"])
+def test_other_autoreset_modes_are_refused(mode):
+    mode = gymnasium.vector.AutoresetMode[mode]
+    envs = gymnasium.vector.SyncVectorEnv([Counter], autoreset_mode=mode)
+    with pytest.raises(ValueError, match="SAME_STEP"):
+        flow_sac.train(flow_sac.Args(), common.Dataset.empty(2, 1), Counter(), envs, None)
+
+
+def short_run(folder, dataset=None, env="Pendulum-v1", **settings):
+    """A real run; train.csv without its column of time, eval.csv, the networks."""
+    sizes = dict(hidden=(32, 32), policy_width=16, batch_size=32)
+    steps = dict(online_steps=300, learning_starts=200, eval_interval=150, log_interval=50)
+    make_env = lambda: flow_sac.make_env(env)
+    if dataset is None:
+        with make_env() as env_for_sizes:
+            sizes_of_env = env_for_sizes.observation_space.shape + env_for_sizes.action_space.shape
+        dataset = common.Dataset.empty(*sizes_of_env)
+    seeded_env = lambda: flow_sac.SeededReset(make_env())
+    nets = train_on(seeded_env, folder, dataset, **{**sizes, **steps, **settings})
+    return read_rows(folder), (folder / "eval.csv").read_text(), nets
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(policy="flow-t", num_envs=2),
+        dict(policy="flow-t", horizon=2),
         dict(policy="flow-g", critic="sac"),
         dict(policy="naive", env="HalfCheetah-v4", online_steps=230, eval_interval=230),
         dict(policy="flow-t", env="online-ant-v0", online_steps=230, eval_interval=230),
@@ -561,7 +706,7 @@ def test_same_seed_same_curve(tmp_path, settings):
     end = str(settings.get("online_steps", 300))
     assert evaluated == (["step", "150", "300"] if end == "300" else ["step", end])
     assert rows[-1]["step"] == end
-    values = [float(v) for row in rows for k, v in row.items() if k != "train_return"]
+    values = [float(v) for row in rows for k, v in row.items() if not k.startswith("train_")]
     assert np.isfinite(values).all()
     state = torch.load(tmp_path / "a/checkpoint.pt", weights_only=True)
     assert all(torch.equal(x, state["nets"][k]) for k, x in nets.state_dict().items())

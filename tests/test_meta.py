@@ -50,17 +50,23 @@ def assert_trained(module):
             assert parameter.grad is not None and parameter.grad.is_meta, name
 
 
+def meta_dataset():
+    """Two episodes of zeros on meta: 4 observations, 3 actions."""
+    valids = (np.arange(40) % 20 < 19).astype(np.float32)
+    dataset = common.Dataset(np.zeros((40, 4)), np.zeros((40, 3)), -valids, valids, valids)
+    for name, x in vars(dataset).items():
+        if isinstance(x, torch.Tensor):
+            setattr(dataset, name, x.to("meta"))
+    return dataset
+
+
 @pytest.mark.parametrize("method", [qflow, fql])
 @pytest.mark.parametrize("settings", [dict(), dict(horizon=5, q_agg="min", normalize_q_loss=True)])
 def test_offline_updates(method, settings):
     if method is qflow:
         settings = {name: x for name, x in settings.items() if name != "normalize_q_loss"}
     args = method.Args(hidden=(16, 16), flow_steps=3, batch_size=8, **settings)
-    valids = (np.arange(40) % 20 < 19).astype(np.float32)
-    dataset = common.Dataset(np.zeros((40, 4)), np.zeros((40, 3)), -valids, valids, valids)
-    for name, x in vars(dataset).items():
-        if isinstance(x, torch.Tensor):
-            setattr(dataset, name, x.to("meta"))
+    dataset = meta_dataset()
     nets = method.Networks(4, 3 * args.horizon, args).to("meta")
     optimizer = NoOptimizer(p for p in nets.parameters() if p.requires_grad)
     generator = torch.Generator()  # there is none on meta; there, the CPU's serves
@@ -74,21 +80,31 @@ def test_offline_updates(method, settings):
 
 
 @pytest.mark.parametrize("policy", ["flow-t", "flow-g", "naive"])
-@pytest.mark.parametrize("critic", ["crossq", "sac"])
-def test_online_updates(policy, critic):
-    args = flow_sac.Args(policy=policy, critic=critic, hidden=(16, 16), policy_width=8)
-    nets = flow_sac.Networks(4, 3, args).to("meta")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(critic="crossq"),
+        dict(critic="sac", q_agg="mean"),
+        dict(critic="sac", horizon=5, bc_weight=100.0, noise_std=0.05, acting_noise_std=0.02),
+    ],
+    ids=["crossq", "sac", "offline"],
+)
+def test_updates_of_flow_sac(policy, settings):
+    args = flow_sac.Args(policy=policy, hidden=(16, 16), policy_width=8, batch_size=8, **settings)
+    dataset = meta_dataset()
+    nets = flow_sac.Networks(4, 3 * args.horizon, args).to("meta")
     modules = nets.critic.parameters(), nets.policy.parameters(), [nets.log_temperature]
     optimizers = flow_sac.Optimizers(*(NoOptimizer(parameters) for parameters in modules))
-    sizes = dict(observations=(8, 4), actions=(8, 3), rewards=(8,), masks=(8,))
-    sizes["next_observations"] = (8, 4)
+    generator = torch.Generator()
     with MetaOnly():
-        batch = flow_sac.Batch(**{k: torch.zeros(v, device="meta") for k, v in sizes.items()})
-        draws = flow_sac.draw(batch.actions, args.flow_steps, torch.Generator())
+        batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
+        draws = flow_sac.draw(batch.actions, args.flow_steps, generator)
         metrics = flow_sac.update_critic(nets, optimizers, batch, draws, args)
+        metrics |= flow_sac.update_velocity(nets, optimizers, batch, draws)
         metrics |= flow_sac.update_policy(nets, optimizers, batch, draws, args)
-    assert all(x.is_meta for x in metrics.values())
-    assert [optimizer.steps for optimizer in optimizers] == [1, 1, 1]
+        norms = flow_sac.gradient_norms(nets.policy)
+    assert all(x.is_meta for x in [*metrics.values(), *norms.values()])
+    assert [optimizer.steps for optimizer in optimizers] == [1, 2, 1]
     assert_trained(nets)
 
 

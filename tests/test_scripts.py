@@ -154,10 +154,12 @@ def test_the_default_runs_and_leaves_its_results(tmp_path):
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 20
 
 
-@pytest.mark.parametrize("script, offline_steps", [("qflow", 30), ("fql", 0)])
+@pytest.mark.parametrize("script, offline_steps", [("qflow", 30), ("fql", 0), ("flow_sac", 30)])
 def test_offline_to_online(script, offline_steps, dataset_file, tmp_path):
     flags = "--log-interval 500 --eval-interval 600 --eval-episodes 2 --batch-size 16".split()
     flags += ["--hidden", 16, 16, "--offline-steps", offline_steps, "--online-steps", 1100]
+    if script == "flow_sac":
+        flags += ["--env", NAME, "--learning-starts", 0, "--policy-width", 8]
     result = start(tmp_path, f"{script}.py", *flags, "--dataset", dataset_file)
     total = offline_steps + 1100
     assert f"{total}/{total}" in result.stderr and "Warn" not in result.stderr
@@ -313,7 +315,7 @@ def test_tracking_without_a_login_is_one_line(dataset_file, tmp_path, monkeypatc
 
 
 def test_bench_prints_one_line_of_json(tmp_path):
-    flags = "--method qflow --hidden 32 --batch-size 64 --flow-steps 4 --seconds 0.2".split()
+    flags = "--hidden 32 32 32 32 --batch-size 64 --flow-steps 4 --seconds 0.2".split()
     result = start(tmp_path, "tests/bench_update.py", *flags)
     line = json.loads(result.stdout)
     assert line["updates_per_s"] > 0 and line["ms_p10"] <= line["ms_median"] <= line["ms_p90"]
@@ -336,3 +338,22 @@ def test_bench_prints_one_line_of_json(tmp_path):
     learning += 2 * (3 * value - value_first)
     multiply_adds = 64 * (rollouts + targets + guidance + learning)
     assert line["gflop"] == pytest.approx(2e-9 * multiply_adds, rel=0.01)
+
+
+def test_bench_of_sac_flow(tmp_path):
+    flags = "--method flow_sac --hidden 64 64 --batch-size 64 --policy naive --seconds 0.2".split()
+    line = json.loads(start(tmp_path, "tests/bench_update.py", *flags).stdout)
+    velocity = (17 + 6 + 1) * 512 + 512 * 512 + 512 * 6  # multiply-adds per row and pass
+    log_sigma = (17 + 1) * 512 + 512 * 512 + 512 * 6
+    step = velocity + log_sigma
+    # Backward, but for the inputs of the first step (x_0 and the state have no gradients), of which
+    # the first step has the least, and sigma's none at all.
+    inputs = 3 * velocity - 3 * (17 + 1) * 512 + (512 * 512 + 512 * 6)
+    inputs += 4 * (512 * 512 + 512 * 6)
+    critic = 2 * (23 * 64 + 64 * 64 + 64)
+    first = 2 * 23 * 64
+    of_critics = 4 * step + 2 * (3 * critic - first)  # s and s' in one batch
+    of_policy = 4 * step + 4 * step + inputs + 2 * critic
+    multiply_adds = 64 * (of_critics + of_policy / 3)
+    assert line["gflop"] == pytest.approx(2e-9 * multiply_adds, rel=0.02)
+    assert line["policy"] == "naive" and line["floor_ratio"] > 1

@@ -9,20 +9,22 @@ import pytest
 SCRIPTS = ("qflow", "fql", "flow_sac")
 PAIRS = list(combinations(SCRIPTS, 2))
 IN_ALL_THREE = (
-    "saved_args load evaluate SeededReset Envs make_envs parse_args choose_device "
-    "set_matmul_precision report film evaluate_run __main__"
+    "EnsembleLayerNorm GELU aggregate saved_args load act evaluate Collector CUDAGraph SeededReset "
+    "Envs StaysOpen make_envs MAY_CHANGE_ON_RESUME parse_args choose_device set_matmul_precision "
+    "report film evaluate_run __main__"
 ).split()
 
 # Definitions that differ although they have the same name.
 OWN = set("Args check_args SETTINGS Networks sample_actions Draws draw policy_loss".split())
-OWN_OF_FLOW_SAC = {"EnsembleLinear", "Critic", "rollout", "critic_loss", "act", "train", "main"}
+OWN_OF_FLOW_SAC = {"EnsembleLinear", "Critic", "rollout", "critic_loss", "train", "main"}
 DIFFERENT_BLOCKS = {
     ("qflow", "fql"): OWN | {"total_loss"},
     ("qflow", "flow_sac"): OWN | OWN_OF_FLOW_SAC,
-    ("fql", "flow_sac"): OWN | OWN_OF_FLOW_SAC,
+    ("fql", "flow_sac"): OWN | OWN_OF_FLOW_SAC | {"flow_loss"},
 }
 FLAGS_OF_FLOW_SAC = set(
-    "env seed online_steps batch_size hidden flow_steps eval_interval log_interval".split()
+    "env offline_steps online_steps batch_size hidden flow_steps q_agg eval_interval "
+    "log_interval".split()
 )
 DIFFERENT_FLAGS = {
     ("qflow", "fql"): set(),
