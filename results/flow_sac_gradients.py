@@ -99,7 +99,7 @@ def train(
     width = 64 if policy == "flow-t" else 128
     flags = f"""--env HalfCheetah-v5 --policy {policy} --policy-width {width} --hidden 256 256
         --batch-size 256 --online-steps {online_steps} --learning-starts {learning_starts}
-        --eval-interval {online_steps} --eval-episodes 10 --run-dir {RUNS / condition / policy}"""
+        --eval-interval 10000 --eval-episodes 10 --run-dir {RUNS / condition / policy}"""
     sys.argv = ["flow_sac.py", *flags.split()]
     flow_sac.main()
 
