@@ -29,6 +29,7 @@ import copy
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -189,14 +190,9 @@ WITH_DATASET = dict(
     acting_noise_std=0.02,
     eval_interval=100_000,
 )
-SETTINGS = {
-    "antmaze": {**WITH_DATASET, "horizon": 1},
-    "antsoccer": {**WITH_DATASET, "horizon": 1},
-    "humanoidmaze": {**WITH_DATASET, "horizon": 1},
-    "pointmaze": {**WITH_DATASET, "horizon": 1},
-    "cube": WITH_DATASET,
-    "scene": WITH_DATASET,
-    "puzzle": WITH_DATASET,
+SETTINGS = {  # by the beginning of --env
+    "cube|scene|puzzle": WITH_DATASET,
+    "antmaze|antsoccer|humanoidmaze|pointmaze": {**WITH_DATASET, "horizon": 1},
     "Pendulum": dict(
         online_steps=15_000,
         learning_starts=1_000,
@@ -1088,15 +1084,15 @@ def parse_args():
     SETTINGS for --env, else the default in Args.
     """
     description = __doc__ + "\nDefaults by environment, shown in full by --env NAME --help:\n\n"
-    for prefix, settings in SETTINGS.items():
+    for names, settings in SETTINGS.items():
         values = ", ".join(f"{name}={value}" for name, value in settings.items())
-        description += f"    {prefix}: {values}\n"
+        description += f"    {names}: {values}\n"
 
     # A first pass for --env, --resume and --evaluate, which choose the defaults of the second.
     given, _ = tyro.cli(Args, return_unknown_args=True, add_help=False)
     default = Args(env=given.env)
-    for prefix, settings in SETTINGS.items():
-        if given.env.startswith(prefix):
+    for names, settings in SETTINGS.items():
+        if re.match(names, given.env):
             default = replace(default, **settings)
     state = {}
     folder = given.resume or given.evaluate

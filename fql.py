@@ -28,6 +28,7 @@ import copy
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -719,15 +720,15 @@ def parse_args():
     SETTINGS for --env, else the default in Args.
     """
     description = __doc__ + "\nDefaults by environment, shown in full by --env NAME --help:\n\n"
-    for prefix, settings in SETTINGS.items():
+    for names, settings in SETTINGS.items():
         values = ", ".join(f"{name}={value}" for name, value in settings.items())
-        description += f"    {prefix}: {values}\n"
+        description += f"    {names}: {values}\n"
 
     # A first pass for --env, --resume and --evaluate, which choose the defaults of the second.
     given, _ = tyro.cli(Args, return_unknown_args=True, add_help=False)
     default = Args(env=given.env)
-    for prefix, settings in SETTINGS.items():
-        if given.env.startswith(prefix):
+    for names, settings in SETTINGS.items():
+        if re.match(names, given.env):
             default = replace(default, **settings)
     state = {}
     folder = given.resume or given.evaluate
