@@ -1,0 +1,145 @@
+"""One table of finished runs: a row for each environment, task, method and settings.
+
+    python results/table.py runs/* --out table.csv
+
+A run's score is the mean of its last three evaluations, as in the papers: success in %, or the
+return where the environment has no success. The interval is the 95 % bootstrap interval of the mean
+over seeds. `settings` are those that differ from the script's defaults for the environment. Prints
+Markdown. What it leaves out is named on stderr: folders without a run, runs that are not finished,
+and of two runs with the same settings and seed the older one.
+"""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import scipy.stats
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
+import flow_sac  # noqa: E402
+import fql  # noqa: E402
+import qflow  # noqa: E402
+
+# What a row of its own does not depend on: names, places, pace, rounding.
+IGNORED = (
+    "env task dataset dataset_url seed device eval_interval eval_episodes log_interval run_dir "
+    "resume evaluate video track compile matmul_precision offline_steps online_steps"
+).split()
+COLUMNS = "environment task method settings steps seeds score low high".split()
+
+
+def find_script(args):
+    """The method of a run, by the settings that only one script has."""
+    if "lam" in args:
+        return qflow
+    return fql if "alpha" in args else flow_sac
+
+
+def changed_settings(args, script):
+    """The settings that are not the script's defaults for the environment, as one string."""
+    defaults = vars(script.Args())
+    for names, settings in script.SETTINGS.items():
+        if re.match(names, args["env"]):
+            defaults |= settings
+    changed = []
+    for name, default in defaults.items():
+        value = args.get(name, default)
+        if name == "hidden":
+            value = tuple(value)  # JSON has lists only
+        if name not in IGNORED and value != default:
+            changed.append(f"{name}={value}".replace(", ", " "))
+    return ", ".join(changed)
+
+
+def read_run(folder):
+    """What a row is for (environment, ...), whether it is a success, seed, score.
+
+    Raises ValueError if there is no score.
+    """
+    try:
+        args = json.loads((folder / "config.json").read_text())["args"]
+        with open(folder / "eval.csv") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise ValueError(error.strerror) from None
+    if not rows:
+        raise ValueError("not evaluated yet")
+    script = find_script(args)
+    offline_steps = args.get("offline_steps", 0)
+    online_steps = args.get("online_steps", 0)
+    last_step = int(rows[-1]["step"])
+    if last_step < offline_steps + online_steps:
+        raise ValueError(f"at step {last_step} of {offline_steps + online_steps}")
+
+    environment = args["env"]
+    task = ""
+    if common.is_dataset(environment):
+        name, environment, _ = common.resolve_task(environment, args["task"])
+        task = name.removesuffix("-v0").partition("-singletask")[2].removeprefix("-task")
+        task = task or "default"
+    method = {qflow: "Q-Flow", fql: "FQL", flow_sac: "SAC Flow"}[script]
+    if script is flow_sac:
+        method += f", {args['policy']}"
+        args = {**args, "policy": script.Args().policy}  # named already
+    phases = []
+    for steps, phase in ((offline_steps, "offline"), (online_steps, "online")):
+        if steps > 0:
+            phases.append(f"{steps:,} {phase}")
+    key = (environment, task, method, changed_settings(args, script), " + ".join(phases))
+
+    has_success = rows[-1]["success"] != "nan"
+    column = "success" if has_success else "return"
+    score = np.mean([float(row[column]) for row in rows[-3:]])
+    if has_success:
+        score = 100 * score
+    return key, has_success, args["seed"], score
+
+
+def summarise(scores):
+    """Mean over seeds and its 95 % bootstrap interval, (nan, nan) for a single seed."""
+    mean = np.mean(scores)
+    if len(scores) == 1:
+        return mean, np.nan, np.nan
+    rng = np.random.default_rng(0)
+    result = scipy.stats.bootstrap((scores,), np.mean, method="percentile", rng=rng)
+    return mean, *result.confidence_interval
+
+
+def main(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None):
+    """folders: of runs; out: also write the table there, as CSV."""
+    groups = {}
+    for folder in sorted(folders, key=lambda folder: folder.name):  # ends in the time it began
+        try:
+            key, has_success, seed, score = read_run(folder)
+        except ValueError as error:
+            print(f"left out: {folder}: {error}", file=sys.stderr)
+            continue
+        scores = groups.setdefault((*key, has_success), {})
+        if seed in scores:
+            print(f"left out: a run older than {folder}, same settings and seed", file=sys.stderr)
+        scores[seed] = score
+
+    table = []
+    print(f"| {' | '.join(COLUMNS[:-2])} | 95 % |")
+    print("| --- " * (len(COLUMNS) - 1) + "|")
+    for (*key, has_success), scores in sorted(groups.items()):
+        mean, low, high = summarise(list(scores.values()))
+        table.append([*key, len(scores), mean, low, high])
+        form = "{:.1f} %" if has_success else "{:.0f}"
+        interval = "" if np.isnan(low) else f"{form.format(low)} to {form.format(high)}"
+        cells = [*key, str(len(scores)), form.format(mean), interval]
+        print(f"| {' | '.join(cells)} |")
+    if out:
+        with open(out, "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(COLUMNS)
+            writer.writerows(table)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -1,0 +1,100 @@
+"""results/table.py on runs of known scores, and on what it has to leave out."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import flow_sac
+import fql
+import qflow
+
+ROOT = Path(__file__).parent.parent
+NAME = "pointmaze-medium-navigate-v0"
+
+
+def write_run(folder, script, scores, **settings):
+    """A run's config.json and eval.csv; scores: success of each evaluation, or else return."""
+    folder.mkdir()
+    args = {**vars(script.Args()), **settings}
+    (folder / "config.json").write_text(json.dumps(dict(script="", args=args)))
+    last_step = args["offline_steps"] + args["online_steps"]
+    rows = ["step,episodes,success,return,length"]
+    for number, score in enumerate(scores, start=1):
+        step = last_step * number // len(scores)
+        has_success = script is not flow_sac
+        rows.append(f"{step},50,{score},-1,9" if has_success else f"{step},50,nan,{score},9")
+    (folder / "eval.csv").write_text("\n".join(rows) + "\n")
+
+
+def run_table(folder, out):
+    """The rows of the CSV file, and stderr."""
+    folders = sorted(folder.iterdir())
+    command = [sys.executable, ROOT / "results/table.py", *folders, "--out", out]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    with open(out) as file:
+        rows = list(csv.DictReader(file))
+    assert len(result.stdout.splitlines()) == 2 + len(rows)
+    return rows, result.stderr
+
+
+def test_the_score_is_that_of_the_last_three_evaluations_and_the_mean_over_seeds(tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    settings = {**qflow.SETTINGS["pointmaze"], "offline_steps": 12_000, "online_steps": 0}
+    means = []
+    for seed, scores in enumerate([[0, 0.1, 0.9, 0.8], [0, 0.4, 0.4, 0.7], [1, 0.3, 0.3, 0.9]]):
+        write_run(runs / f"q{seed}", qflow, scores, **{**settings, "seed": seed})
+        means.append(100 * np.mean(scores[1:]))
+    write_run(runs / "q9", qflow, [0.5], **{**settings, "seed": 0, "lam": 7.0})
+    write_run(runs / "t3", qflow, [0.2], **{**settings, "seed": 0, "task": 3})
+    (task, row, lam), errors = run_table(runs, tmp_path / "table.csv")
+    assert errors == ""
+    assert (row["environment"], row["task"], row["method"]) == (NAME, "default", "Q-Flow")
+    assert (row["settings"], row["steps"], row["seeds"]) == ("", "12,000 offline", "3")
+    assert np.isclose(float(row["score"]), np.mean(means))
+    assert min(means) <= float(row["low"]) < np.mean(means) < float(row["high"]) <= max(means)
+    assert (lam["settings"], lam["seeds"], lam["low"]) == ("lam=7.0", "1", "nan")
+    assert np.isclose(float(lam["score"]), 50)
+    assert (task["task"], task["seeds"]) == ("3", "1")
+
+
+def test_methods_phases_and_returns_have_rows_of_their_own(tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    pointmaze = {**fql.SETTINGS["pointmaze"], "offline_steps": 6_000}
+    write_run(runs / "fql", fql, [0.5], **pointmaze)
+    write_run(runs / "online", fql, [0.9], **{**pointmaze, "online_steps": 20_000})
+    for policy in ("naive", "flow-t"):
+        write_run(runs / policy, flow_sac, [-150], policy=policy, **flow_sac.SETTINGS["Pendulum"])
+    rows, errors = run_table(runs, tmp_path / "table.csv")
+    assert errors == ""
+    found = {(row["method"], row["settings"], row["steps"], float(row["score"])) for row in rows}
+    assert found == {
+        ("FQL", "", "6,000 offline", 50),
+        ("FQL", "", "6,000 offline + 20,000 online", 90),
+        ("SAC Flow, naive", "", "15,000 online", -150),
+        ("SAC Flow, flow-t", "", "15,000 online", -150),
+    }
+
+
+def test_what_is_left_out_is_named(tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    settings = {**qflow.SETTINGS["pointmaze"], "offline_steps": 100, "online_steps": 0}
+    write_run(runs / "run__0001", qflow, [0.2], **settings)
+    write_run(runs / "run__0002", qflow, [0.6], **settings)
+    write_run(runs / "unfinished", qflow, [0.6], **{**settings, "seed": 1})
+    text = (runs / "unfinished/eval.csv").read_text()
+    (runs / "unfinished/eval.csv").write_text(text.replace("100,", "50,", 1))
+    (runs / "nothing").mkdir()
+    (row,), errors = run_table(runs, tmp_path / "table.csv")
+    assert (row["seeds"], float(row["score"])) == ("1", 60)
+    assert "unfinished: at step 50 of 100" in errors
+    assert "nothing: No such file or directory" in errors
+    assert "run__0002, same settings and seed" in errors
+    assert len(errors.splitlines()) == 3
