@@ -557,8 +557,7 @@ def sample_actions(nets, obs, x0, args):
 
 
 # --------------------------------------------------------------------------------------- losses
-
-
+#
 # A batch has observations (B, O), actions (B, A), where A counts all h actions of a chunk, rewards
 # (B,) that are the discounted sum over the chunk's valid steps, masks (B,) that are 0 where the
 # environment terminated, next_observations (B, O), and valid (B, h) that is 0 for steps after the
@@ -965,7 +964,7 @@ def train(args, dataset, env, envs, run):
             elif (num_updates - 1) % args.policy_frequency == 0:
                 metrics = updates["both"]()
             else:
-                metrics |= updates["critic"]()
+                metrics = {**metrics, **updates["critic"]()}
         run.bar.update()
 
         ends_phase = step in (args.offline_steps, last_step)
@@ -1111,6 +1110,10 @@ def parse_args():
     may_change = set(MAY_CHANGE_ON_RESUME if args.resume else MAY_CHANGE_ON_EVALUATE)
     if state.get("collected"):  # the online phase has begun
         may_change.discard("offline_steps")
+    done = state.get("step", 0)
+    goes_online = args.resume and args.online_steps > 0 and not state.get("collected")
+    if goes_online and args.offline_steps < done:
+        raise common.UserError(f"--offline-steps {args.offline_steps}: {done} are done already")
     for name, value in vars(args).items():
         before = getattr(default, name)
         if folder and value != before and name not in may_change:

@@ -770,6 +770,10 @@ def parse_args():
     may_change = set(MAY_CHANGE_ON_RESUME if args.resume else MAY_CHANGE_ON_EVALUATE)
     if state.get("collected"):  # the online phase has begun
         may_change.discard("offline_steps")
+    done = state.get("step", 0)
+    goes_online = args.resume and args.online_steps > 0 and not state.get("collected")
+    if goes_online and args.offline_steps < done:
+        raise common.UserError(f"--offline-steps {args.offline_steps}: {done} are done already")
     for name, value in vars(args).items():
         before = getattr(default, name)
         if folder and value != before and name not in may_change:

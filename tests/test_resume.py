@@ -252,6 +252,9 @@ def test_going_online_later_is_going_online_at_once(script, policy, call, tmp_pa
     call(script, *flags, "--online-steps", 40, "--run-dir", at_once)
     call(script, *flags, "--online-steps", 0, "--run-dir", later)
     (at_once,), (later,) = at_once.iterdir(), later.iterdir()
+    done = read(later)["step"]
+    with pytest.raises(common.UserError, match=f"--offline-steps 1: {done} are done already"):
+        call(script, "--resume", later, "--offline-steps", 1, "--online-steps", 40)
     call(script, "--resume", later, "--online-steps", 40)
     assert_same_run(later, at_once)
     collected, expected = read(later)["collected"], read(at_once)["collected"]
