@@ -249,7 +249,7 @@ class Dataset:
         if self.num_rows == self.num_given_rows:
             return None
         added = slice(self.num_given_rows, self.num_rows)
-        return {name: getattr(self, name)[added].clone().cpu() for name in self.COLUMNS}
+        return {name: getattr(self, name)[added].to("cpu", copy=True) for name in self.COLUMNS}
 
     def append_collected(self, collected):
         """Add what `collected` returned, in room of its own; its last episode is over."""

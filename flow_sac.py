@@ -14,8 +14,11 @@ the distribution of every x_i, and the log-density of the whole path replaces lo
 
     x_{i+1} = x_i + (v + sigma^2 / 2 * score) dt + sigma sqrt(dt) eps,  score = (t v - x) / (1 - t)
 
-With an OGBench dataset, an offline phase comes first, in which flow matching imitates the dataset's
-actions, and the policy's loss has a behaviour term, beta (a - a_data)^2, in both phases.
+The drift is exact for the v of flow matching; for a v that SAC trains it is a heuristic.
+
+With an OGBench dataset, training begins offline. Each offline step makes two updates on one batch:
+TD and flow matching, then TD and the policy's loss. That has a behaviour term in both phases, beta
+(a - a_data)^2.
 
 Zhang et al.: SAC Flow, ICLR 2026, https://arxiv.org/abs/2509.25756
 Critics without target networks: Bhatt et al., CrossQ, ICLR 2024, https://arxiv.org/abs/1902.05605
@@ -73,9 +76,9 @@ class Args:
     offline_steps: int = 0
     """number of updates on the dataset"""
     online_steps: int = 1_000_000
-    """number of steps in the environment after that, each followed by an update"""
+    """number of steps in the environment after that"""
     learning_starts: int = 50_000
-    """online steps before the first update; their actions are uniform if there is no dataset"""
+    """online steps without an update, uniform actions if there is no dataset; then one each"""
     batch_size: int = 512
     """transitions (or chunks) per update"""
     policy: Literal["flow-t", "flow-g", "naive"] = "flow-t"
@@ -83,7 +86,7 @@ class Args:
     policy_width: int = 0
     """of velocity and noise networks; 0: the authors', flow-t 96 (--critic sac: 128), others 512"""
     critic: Literal["crossq", "sac"] = "crossq"
-    """with BatchRenorm and a joint forward pass, or with LayerNorm and target networks (--tau)"""
+    """crossq: BatchRenorm and ReLU, no target; sac: LayerNorm, GELU, target networks (--tau)"""
     policy_lr: float = 3e-4
     """learning rate of the policy's Adam"""
     q_lr: float = 1e-3
@@ -111,7 +114,7 @@ class Args:
     init_temperature: float = 0.2
     """initial weight of the entropy; it is tuned from there"""
     target_entropy: float = 0.0
-    """path entropy that the temperature is tuned to; 0 is for K = 4, unreachable from K = 20 on"""
+    """path entropy that the temperature is tuned to; see `explore` for what is within reach"""
     eval_interval: int = 20_000
     """steps between evaluations (the last step of a phase is always evaluated)"""
     eval_episodes: int = 50
@@ -161,7 +164,8 @@ def check_args(args):
     both_or_none = (args.noise_std > 0) == (args.acting_noise_std > 0)
     require(both_or_none, "acting_noise_std", "positive with --noise-std, else 0")
     require(abs(args.target_entropy) <= 1e6, "target_entropy", "between -1e6 and 1e6")
-    require(0 <= args.policy_width <= 10_000, "policy_width", "between 0 and 10000")
+    has_width = args.policy_width == 0 or 4 <= args.policy_width <= 10_000
+    require(has_width, "policy_width", "0 or between 4 and 10000")
     require(0 <= args.seed < 2**31, "seed", "between 0 and 2**31 - 1")
     require(len(args.hidden) > 0, "hidden", "at least one width")
     require(1 <= min(args.hidden) <= max(args.hidden) <= 10_000, "hidden", "between 1 and 10000")
@@ -179,7 +183,6 @@ WITH_DATASET = dict(
     learning_starts=5_000,
     batch_size=256,
     critic="sac",
-    policy_lr=3e-4,
     q_lr=3e-4,
     policy_frequency=1,
     hidden=(512, 512, 512, 512),
@@ -410,11 +413,11 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.self_attention = nn.Sequential(Linear(width, width), Linear(width, width))
         self.cross_attention = nn.Sequential(Linear(width, width), Linear(width, width))
-        self.feed_forward = mlp(lambda: nn.GELU("tanh"), width, 4 * width, width)
+        self.feed_forward = mlp(GELU, width, 4 * width, width)
 
     def forward(self, token, memory):
         token = token + self.self_attention(self.norm1(token))
@@ -432,11 +435,9 @@ class DecodedVelocity(nn.Module):
 
     def __init__(self, obs_dim, action_dim, width, layers=2):
         super().__init__()
-        half = max(width // 2, 1)
-        quarter = max(width // 4, 1)
-        self.embed_obs = mlp(nn.SiLU, obs_dim, half, width)
+        self.embed_obs = mlp(nn.SiLU, obs_dim, width // 2, width)
         self.embed_x = Linear(action_dim, width)
-        self.embed_t = mlp(nn.SiLU, 1, quarter, half, width)
+        self.embed_t = mlp(nn.SiLU, 1, width // 4, width // 2, width)
         self.layers = nn.ModuleList(DecoderLayer(width) for _ in range(layers))
         self.head = Linear(width, action_dim)
 
@@ -529,18 +530,20 @@ def rollout(velocity, log_sigma, obs, x, eps):
 def explore(policy, obs, x0, eps, noise_std=0.0):
     """The stochastic policy: actions (B, A) in [-1, 1] and the log-density of their path (B,).
 
-    noise_std: 0 for the learned sigma; else the standard deviation of the noise of each step, which
-    is also the unit of length in the densities of the steps. In units of the action's range they
-    would be so high, for a small noise, that no policy could reach the target entropy.
+    noise_std: 0: sigma is learned. Else the noise of each step has this standard deviation, that is
+    sigma sqrt(dt), and the densities of the steps are per noise_std instead of per unit of x, or a
+    small noise would put any target entropy out of reach.
+
+    The path's entropy is at most 1.42 + K (1.42 - log(K) / 2) per action dimension if sigma is
+    learned. If it is fixed, the entropy depends on the policy through tanh alone and stays near its
+    bound, 1.42 (K + 1), so that a target of 0 lets the temperature decay.
     """
     flow_steps, _, action_dim = eps.shape
-    if noise_std > 0:
 
-        def log_sigma(obs, t):
-            return torch.full_like(x0, math.log(noise_std * math.sqrt(flow_steps)))
+    def fixed_log_sigma(obs, t):
+        return torch.full_like(x0, math.log(noise_std * math.sqrt(flow_steps)))
 
-    else:
-        log_sigma = policy.log_sigma
+    log_sigma = fixed_log_sigma if noise_std > 0 else policy.log_sigma
     path, log_prob = rollout(policy.velocity, log_sigma, policy.obs_norm(obs), x0, eps)
     if noise_std > 0:
         log_prob = log_prob + flow_steps * action_dim * math.log(noise_std)
@@ -551,7 +554,10 @@ def explore(policy, obs, x0, eps, noise_std=0.0):
 
 
 def sample_actions(nets, obs, x0, args):
-    """The policy in evaluation, eps = 0: x_0 ~ N(0, I) to actions in [-1, 1]. -> (B, A)."""
+    """The policy in evaluation, eps = 0: x_0 ~ N(0, I) to actions in [-1, 1]. -> (B, A).
+
+    The drift stays: where sigma is large, the flow of v alone is another policy.
+    """
     eps = x0.new_zeros(args.flow_steps, *x0.shape)
     return explore(nets.policy, obs, x0, eps, args.acting_noise_std)[0]
 
@@ -593,7 +599,10 @@ def aggregate(q, q_agg):
 
 
 def critic_loss(nets, batch, x0, eps, args):
-    """TD: Q(s, a) -> r + discount^h * mask * (agg Q(s', a') - temperature * log pi(a'))."""
+    """TD: Q(s, a) -> r + discount^h * mask * (agg Q(s', a') - temperature * log pi(a')).
+
+    With crossq the gradient also passes through the statistics that (s', a') has a share in.
+    """
     obs = batch.observations
     next_obs = batch.next_observations
     with torch.no_grad():
@@ -639,7 +648,7 @@ def policy_loss(nets, batch, x0, eps, args):
     loss = (nets.log_temperature.exp().detach() * log_prob - q).mean()
     metrics = dict(entropy=-log_prob.mean())
     if args.bc_weight > 0:
-        bc_loss = ((actions - batch.actions) ** 2).mean()
+        bc_loss = ((actions - batch.actions) ** 2).mean()  # all actions, valid or not, as theirs
         loss = loss + args.bc_weight * bc_loss
         metrics["bc_loss"] = bc_loss
     return loss, dict(policy_loss=loss, **metrics)
@@ -678,11 +687,11 @@ def update_critic(nets, optimizers, batch, draws, args, loss_function=critic_los
     loss, metrics = loss_function(nets, batch, draws.next_x0, draws.next_eps, args)
     optimizers.critic.zero_grad()
     loss.backward()
-    optimizers.critic.step()
     if args.critic == "sac":
-        with torch.no_grad():
+        with torch.no_grad():  # before Adam: the target mixes in the critic from before this step
             for target, online in zip(nets.target_critic.parameters(), nets.critic.parameters()):
                 target.mul_(1 - args.tau).add_(online, alpha=args.tau)
+    optimizers.critic.step()
     return {name: x.detach() for name, x in metrics.items()}
 
 
@@ -702,6 +711,11 @@ def update_policy(nets, optimizers, batch, draws, args, loss_function=policy_los
     loss.backward()
     optimizers.policy.step()
 
+    # The gradient that explodes or vanishes. Sigma's is left out: it has that of the entropy, which
+    # grows with K for any velocity.
+    gradients = [parameter.grad for parameter in nets.policy.velocity.parameters()]
+    metrics["velocity_grad_norm"] = nn.utils.get_total_norm(gradients)
+
     temperature = nets.log_temperature.exp()
     metrics["temperature"] = temperature
     temperature_loss = temperature * (metrics["entropy"].detach() - args.target_entropy)
@@ -709,19 +723,6 @@ def update_policy(nets, optimizers, batch, draws, args, loss_function=policy_los
     temperature_loss.backward()
     optimizers.temperature.step()
     return {name: x.detach() for name, x in metrics.items()}
-
-
-def gradient_norms(policy):
-    """Norms of the gradients that the last `update_policy` left, for logging (name -> tensor).
-
-    That of the velocity is the one to compare between networks: sigma's part has the gradient of
-    the entropy, which grows with K for any velocity.
-    """
-    norms = {}
-    for name, module in (("policy", policy), ("velocity", policy.velocity)):
-        gradients = [parameter.grad for parameter in module.parameters()]
-        norms[f"{name}_grad_norm"] = nn.utils.get_total_norm(gradients)
-    return norms
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -891,9 +892,11 @@ def train(args, dataset, env, envs, run):
     action_dim = args.horizon * dataset.actions.shape[1]
     nets = Networks(obs_dim, action_dim, args).to(device)
     optimizers = make_optimizers(nets, args)
-    losses = [critic_loss, flow_loss, policy_loss]
+    loss_q, loss_v, loss_pi = critic_loss, flow_loss, policy_loss
     if args.compile:
-        losses = [torch.compile(loss, fullgraph=True) for loss in losses]
+        loss_q = torch.compile(critic_loss, fullgraph=True)
+        loss_v = torch.compile(flow_loss, fullgraph=True)
+        loss_pi = torch.compile(policy_loss, fullgraph=True)
 
     step = 0  # offline, updates; online, steps in the environment
     last_step = args.offline_steps + args.online_steps
@@ -917,13 +920,13 @@ def train(args, dataset, env, envs, run):
         """kind: "offline"; online, "critic" or, when the policy's turn has come, "both"."""
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
         draws = draw(batch.actions, args.flow_steps, generator)
-        metrics = update_critic(nets, optimizers, batch, draws, args, losses[0])
+        metrics = update_critic(nets, optimizers, batch, draws, args, loss_q)
         if kind == "offline":  # two updates on each batch, the first one with flow matching
-            metrics |= update_velocity(nets, optimizers, batch, draws, losses[1])
+            metrics |= update_velocity(nets, optimizers, batch, draws, loss_v)
             draws = draw(batch.actions, args.flow_steps, generator)
-            metrics |= update_critic(nets, optimizers, batch, draws, args, losses[0])
+            metrics |= update_critic(nets, optimizers, batch, draws, args, loss_q)
         if kind != "critic":
-            metrics |= update_policy(nets, optimizers, batch, draws, args, losses[2])
+            metrics |= update_policy(nets, optimizers, batch, draws, args, loss_pi)
         return metrics
 
     updates = {kind: partial(sample_and_update, kind) for kind in ("offline", "critic", "both")}
@@ -956,15 +959,15 @@ def train(args, dataset, env, envs, run):
             metrics = updates["offline"]()
         else:
             collector.step(seed=args.seed + step)
-            num_updates = step - args.offline_steps - args.learning_starts  # with this step's
-            if num_updates <= 0:
+            update_number = step - args.offline_steps - args.learning_starts
+            if update_number <= 0:
                 metrics = {}
                 logged_step = step  # the speed is that of learning
                 logged_time = time.perf_counter()
-            elif (num_updates - 1) % args.policy_frequency == 0:
+            elif (update_number - 1) % args.policy_frequency == 0:
                 metrics = updates["both"]()
             else:
-                metrics = {**metrics, **updates["critic"]()}
+                metrics = {**metrics, **updates["critic"]()}  # the policy's are from its last one
         run.bar.update()
 
         ends_phase = step in (args.offline_steps, last_step)
@@ -973,8 +976,6 @@ def train(args, dataset, env, envs, run):
             row = dict(step=step)
             for name, value in metrics.items():
                 row[name] = value.item()
-            for name, norm in gradient_norms(nets.policy).items():
-                row[name] = norm.item()
             row.update(collector.results())
             seconds = time.perf_counter() - logged_time
             row["time_steps_per_s"] = round((step - logged_step) / seconds, 1)

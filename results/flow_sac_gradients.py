@@ -130,7 +130,8 @@ def gradient_norm(folder, k, obs, num_batches=8):
         nets.zero_grad()
         loss, _ = flow_sac.policy_loss(nets, batch, noise[0], noise[1:], args)
         loss.backward()
-        norms.append(flow_sac.gradient_norms(nets.policy)["velocity_grad_norm"].item())
+        gradients = [parameter.grad for parameter in nets.policy.velocity.parameters()]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
     return np.mean(norms)
 
 

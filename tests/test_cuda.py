@@ -82,7 +82,7 @@ def test_offline_updates_are_those_of_the_cpu_and_never_wait(method, make):
 
 
 @pytest.mark.parametrize("settings", [dict(), test_flow_sac.OFFLINE], ids=["scratch", "offline"])
-def test_updates_of_flow_sac_are_those_of_the_cpu(settings):
+def test_updates_of_flow_sac_are_those_of_the_cpu_and_never_wait(settings):
     results = []
     for device in ("cpu", "cuda"):
         args, nets, batch, draws = test_flow_sac.make(**settings)
@@ -96,6 +96,25 @@ def test_updates_of_flow_sac_are_those_of_the_cpu(settings):
             metrics |= flow_sac.update_policy(nets, optimizers, batch, draws, args)
         results.append(torch.stack([x.cpu() for x in metrics.values()]))
     assert torch.allclose(*results, rtol=1e-6, atol=1e-8)  # in float64
+
+    dataset = random_dataset(5, 3 // args.horizon)
+    nets = copy.deepcopy(nets).float()
+    optimizers = flow_sac.make_optimizers(nets, args)
+    generator = torch.Generator("cuda")
+
+    def sample_and_update():
+        batch = dataset.sample(64, args.horizon, 0.99, generator)
+        draws = flow_sac.draw(batch.actions, args.flow_steps, generator)
+        flow_sac.update_critic(nets, optimizers, batch, draws, args)
+        flow_sac.update_velocity(nets, optimizers, batch, draws)
+        flow_sac.update_policy(nets, optimizers, batch, draws, args)
+
+    sample_and_update()  # at first, the libraries are loaded and Adam's state is made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sample_and_update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("method", [qflow, fql])

@@ -189,7 +189,7 @@ def test_sac_flow_runs_online(tmp_path):
     assert folder.name.startswith("Pendulum-v1__flow_sac__0__")
     rows = read_rows(folder / "train.csv")
     assert [row["step"] for row in rows] == ["210", "220"]
-    columns = "critic_loss policy_loss policy_grad_norm temperature entropy train_return"
+    columns = "critic_loss policy_loss velocity_grad_norm temperature entropy train_return"
     assert set(columns.split()) < set(rows[0])
     assert [row["step"] for row in read_rows(folder / "eval.csv")] == ["110", "220"]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == 220
