@@ -22,6 +22,9 @@ Park, Li, Levine: Flow Q-Learning, ICML 2025, https://arxiv.org/abs/2502.02538
     python fql.py                                     # pointmaze, on data collected on the spot
     python fql.py --env antmaze-giant-navigate-v0     # with the paper's settings
     python fql.py --resume RUN --online-steps 200000  # a finished run, now online
+
+Q-Flow's advanced setting: --num-critics 10 --q-agg mean --rho 0.5 (humanoidmaze: 0); for cube,
+scene and puzzle --horizon 5. The alphas below are not tuned for it.
 """
 
 import copy
@@ -84,6 +87,10 @@ class Args:
     """K, number of Euler steps from noise to action"""
     q_agg: Literal["mean", "min"] = "mean"
     """how the critics' ensemble is aggregated in the targets"""
+    num_critics: int = 2
+    """size of the critics' ensemble; Q-Flow's value has as many heads"""
+    rho: float = 0.0
+    """pessimism: the targets are mean - rho * std of the target critics; needs --q-agg mean"""
     horizon: int = 1
     """h, actions per chunk, executed open loop (1: no chunks)"""
     alpha: float = 10.0
@@ -127,12 +134,14 @@ def check_args(args):
     for name in ("eval_interval", "eval_episodes", "log_interval"):
         require(1 <= getattr(args, name) <= 1e9, name, "between 1 and 1e9")
     require(1 <= args.batch_size <= 1e6, "batch_size", "between 1 and 1e6")
-    for name in ("flow_steps", "horizon"):
+    for name in ("flow_steps", "num_critics", "horizon"):
         require(1 <= getattr(args, name) <= 1000, name, "between 1 and 1000")
     for name in ("discount", "tau"):
         require(0 < getattr(args, name) <= 1, name, "above 0 and at most 1")
     for name in ("lr", "alpha"):
         require(1e-12 <= getattr(args, name) <= 1e12, name, "positive")
+    require(0 <= args.rho <= 1000, "rho", "between 0 and 1000")
+    require(args.rho == 0 or args.q_agg == "mean", "rho", "0 unless --q-agg is mean")
     require(0 <= args.seed < 2**31, "seed", "between 0 and 2**31 - 1")
     require(len(args.hidden) > 0, "hidden", "at least one width")
     require(1 <= min(args.hidden) <= max(args.hidden) <= 10_000, "hidden", "between 1 and 10000")
@@ -227,11 +236,11 @@ class MLP(nn.Sequential):
 
 
 class Critic(nn.Module):
-    """Q(s, a), an ensemble of two: (B, O), (B, A) -> (2, B)."""
+    """Q(s, a), an ensemble: (B, O), (B, A) -> (ensemble, B)."""
 
-    def __init__(self, obs_dim, action_dim, hidden):
+    def __init__(self, obs_dim, action_dim, hidden, ensemble):
         super().__init__()
-        self.mlp = MLP(obs_dim + action_dim, hidden, 1, ensemble=2, layer_norm=True)
+        self.mlp = MLP(obs_dim + action_dim, hidden, 1, ensemble, layer_norm=True)
 
     def forward(self, obs, actions):
         return self.mlp(torch.cat([obs, actions], -1)).squeeze(-1)
@@ -265,7 +274,7 @@ class Networks(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.sizes = (obs_dim, action_dim)
-        self.critic = Critic(obs_dim, action_dim, args.hidden)
+        self.critic = Critic(obs_dim, action_dim, args.hidden, args.num_critics)
         self.velocity = Velocity(obs_dim, action_dim, args.hidden)
         self.one_step = OneStep(obs_dim, action_dim, args.hidden)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
@@ -323,9 +332,16 @@ def aggregate(q, q_agg):
 
 @torch.no_grad()
 def critic_target(nets, batch, z, args):
-    """r + discount^h * mask * Q'(s', a'), with a' from the current policy: (B,)."""
+    """r + discount^h * mask * Q'(s', a'), with a' from the current policy: (B,).
+
+    Q' is the mean of the target critics - rho * their population standard deviation, or the
+    minimum.
+    """
     next_actions = sample_actions(nets, batch.next_observations, z, args)
-    next_q = aggregate(nets.target_critic(batch.next_observations, next_actions), args.q_agg)
+    next_qs = nets.target_critic(batch.next_observations, next_actions)
+    next_q = aggregate(next_qs, args.q_agg)
+    if args.rho > 0:
+        next_q = next_q - args.rho * next_qs.std(0, correction=0)
     return batch.rewards + args.discount**args.horizon * batch.masks * next_q
 
 

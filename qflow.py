@@ -23,6 +23,9 @@ Policy, ICML 2026, https://arxiv.org/abs/2605.13435
     python qflow.py                                     # pointmaze, on data collected on the spot
     python qflow.py --env antmaze-giant-navigate-v0     # with the paper's settings
     python qflow.py --resume RUN --online-steps 200000  # a finished run, now online
+
+The paper's advanced setting: --num-critics 10 --q-agg mean --rho 0.5 (humanoidmaze: 0); for cube,
+scene and puzzle --horizon 5. Its lambda was not published.
 """
 
 import copy
@@ -85,6 +88,10 @@ class Args:
     """K, number of Euler steps from noise to action"""
     q_agg: Literal["mean", "min"] = "mean"
     """how the critics' ensemble is aggregated in the targets"""
+    num_critics: int = 2
+    """size of the critics' ensemble; Q-Flow's value has as many heads"""
+    rho: float = 0.0
+    """pessimism: the targets are mean - rho * std of the target critics; needs --q-agg mean"""
     horizon: int = 1
     """h, actions per chunk, executed open loop (1: no chunks)"""
     lam: float = 1.0
@@ -128,12 +135,14 @@ def check_args(args):
     for name in ("eval_interval", "eval_episodes", "log_interval"):
         require(1 <= getattr(args, name) <= 1e9, name, "between 1 and 1e9")
     require(1 <= args.batch_size <= 1e6, "batch_size", "between 1 and 1e6")
-    for name in ("flow_steps", "horizon", "time_dim"):
+    for name in ("flow_steps", "num_critics", "horizon", "time_dim"):
         require(1 <= getattr(args, name) <= 1000, name, "between 1 and 1000")
     for name in ("discount", "tau"):
         require(0 < getattr(args, name) <= 1, name, "above 0 and at most 1")
     for name in ("lr", "lam"):
         require(1e-12 <= getattr(args, name) <= 1e12, name, "positive")
+    require(0 <= args.rho <= 1000, "rho", "between 0 and 1000")
+    require(args.rho == 0 or args.q_agg == "mean", "rho", "0 unless --q-agg is mean")
     require(0 <= args.seed < 2**31, "seed", "between 0 and 2**31 - 1")
     require(args.time_dim % 2 == 0, "time_dim", "even")
     require(len(args.hidden) > 0, "hidden", "at least one width")
@@ -230,11 +239,11 @@ class MLP(nn.Sequential):
 
 
 class Critic(nn.Module):
-    """Q(s, a), an ensemble of two: (B, O), (B, A) -> (2, B)."""
+    """Q(s, a), an ensemble: (B, O), (B, A) -> (ensemble, B)."""
 
-    def __init__(self, obs_dim, action_dim, hidden):
+    def __init__(self, obs_dim, action_dim, hidden, ensemble):
         super().__init__()
-        self.mlp = MLP(obs_dim + action_dim, hidden, 1, ensemble=2, layer_norm=True)
+        self.mlp = MLP(obs_dim + action_dim, hidden, 1, ensemble, layer_norm=True)
 
     def forward(self, obs, actions):
         return self.mlp(torch.cat([obs, actions], -1)).squeeze(-1)
@@ -252,11 +261,11 @@ class Velocity(nn.Module):
 
 
 class Value(nn.Module):
-    """V(s, x_t, t), an ensemble of two: (B, O), (B, A), (B, 1) -> (2, B)."""
+    """V(s, x_t, t), an ensemble: (B, O), (B, A), (B, 1) -> (ensemble, B)."""
 
-    def __init__(self, obs_dim, action_dim, hidden, time_dim):
+    def __init__(self, obs_dim, action_dim, hidden, ensemble, time_dim):
         super().__init__()
-        self.mlp = MLP(obs_dim + action_dim + time_dim, hidden, 1, ensemble=2, layer_norm=True)
+        self.mlp = MLP(obs_dim + action_dim + time_dim, hidden, 1, ensemble, layer_norm=True)
         frequencies = torch.linspace(0, np.log(256), time_dim // 2, dtype=torch.float64).exp()
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
 
@@ -271,8 +280,8 @@ class Networks(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.sizes = (obs_dim, action_dim)
-        self.critic = Critic(obs_dim, action_dim, args.hidden)
-        self.value = Value(obs_dim, action_dim, args.hidden, args.time_dim)
+        self.critic = Critic(obs_dim, action_dim, args.hidden, args.num_critics)
+        self.value = Value(obs_dim, action_dim, args.hidden, args.num_critics, args.time_dim)
         self.velocity = Velocity(obs_dim, action_dim, args.hidden)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
@@ -332,13 +341,17 @@ def aggregate(q, q_agg):
 def targets(nets, batch, x0, xt, t, args):
     """Targets of the critic, r + discount^h * mask * Q'(s', a'), and of V, Q'(s, y): (B,), (B,).
 
-    The policy's flow takes x_0 to a' at s', and x_t to y at s: one rollout for both.
+    Q' is the mean of the target critics - rho * their population standard deviation, or the
+    minimum. The policy's flow takes x_0 to a' at s', and x_t to y at s: one rollout for both.
     """
     obs = torch.cat([batch.next_observations, batch.observations])
     x = torch.cat([x0, xt])
     t = torch.cat([torch.zeros_like(t), t])
     actions = rollout(nets.velocity, obs, x, t, args.flow_steps)
-    q = aggregate(nets.target_critic(obs, actions), args.q_agg)
+    qs = nets.target_critic(obs, actions)
+    q = aggregate(qs, args.q_agg)
+    if args.rho > 0:
+        q = q - args.rho * qs.std(0, correction=0)
     next_q, flow_q = q.chunk(2)  # the halves of the batch: at s' and at s
     return batch.rewards + args.discount**args.horizon * batch.masks * next_q, flow_q
 

@@ -143,6 +143,8 @@ VALUES = {  # flag -> (values that are mistakes, values that are none)
     "hidden": ([*NUMBER, 0, -1, 1.5, 10**30], [1, 10_000]),
     "flow_steps": ([*COUNT[0], 1001], [1, 1000]),
     "q_agg": (CHOICE, ["mean", "min"]),
+    "num_critics": ([*COUNT[0], 1001], [1, 1000]),
+    "rho": ([*NUMBER, -1, 1001, 0.5], [0]),  # pointmaze has --q-agg min
     "horizon": ([*COUNT[0], 1001], [1, 1000]),
     "lam": RATE,
     "alpha": RATE,
@@ -194,6 +196,10 @@ def test_command_lines(refused, monkeypatch):
     refused("flow_sac", "--env", "CartPole-v1", says=["requires a Box action space"])
     refused("flow_sac", "--online-steps", 500, says=["--learning-starts 1000: must be below"])
     refused("qflow", "--env", "scene-play-singletask-task2-v0", "--task", 3, says=["--task 3"])
+    says = ["--rho 0.5: must be 0 unless --q-agg is mean"]
+    refused("qflow", "--rho", 0.5, "--q-agg", "min", says=says)
+    refused("qflow", "--env", "puzzle-3x3-play-v0", "--rho", 0.5, says=says)
+    refused("fql", "--env", "antmaze-large-navigate-v0", "--rho", 0.5, says=says)
     monkeypatch.setattr(sys, "argv", "qflow.py --lr nan --lr 2 --hidden 9 9 --hidden 8".split())
     args = qflow.parse_args()
     assert args.lr == 2 and args.hidden == (8,)  # the last of a repeated flag counts
@@ -395,7 +401,8 @@ def test_what_is_done_to_a_file_for_the_reader_is_undone(name, finished, start):
 def test_what_a_run_may_change(finished, start, refused, monkeypatch):
     free = {"offline_steps", "online_steps", "eval_interval", "eval_episodes", "log_interval"}
     free |= {"compile", "track"}
-    other = {"device", "dataset", "dataset_url", "resume", "evaluate", "video", "normalize_q_loss"}
+    other = {"device", "dataset", "dataset_url", "resume", "evaluate", "video"}
+    other |= {"rho"}  # which excludes the run's q_agg
     saved = json.loads((finished / "config.json").read_text())["args"]
     for name in saved.keys() - free - other:
         flag = "--" + name.replace("_", "-")

@@ -49,11 +49,12 @@ def assert_mostly_close(first, second):
     assert torch.isclose(first, second, rtol=1e-3, atol=1e-4).float().mean() >= 0.999
 
 
+@pytest.mark.parametrize("settings", [dict(), dict(num_critics=10, rho=0.5)])
 @pytest.mark.parametrize("method, make", [(qflow, test_qflow.make), (fql, test_fql.make)])
-def test_offline_updates_are_those_of_the_cpu_and_never_wait(method, make):
+def test_offline_updates_are_those_of_the_cpu_and_never_wait(method, make, settings):
     results = []
     for device in ("cpu", "cuda"):
-        args, nets, batch, draws = make(batch_size=64)
+        args, nets, batch, draws = make(batch_size=64, **settings)
         nets.to(device)
         batch = common.Batch(*(x.to(device) for x in batch))
         draws = method.Draws(*(x.to(device) for x in draws))
@@ -117,10 +118,11 @@ def test_updates_of_flow_sac_are_those_of_the_cpu_and_never_wait(settings):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("settings", [dict(), dict(num_critics=10, rho=0.5)])
 @pytest.mark.parametrize("method", [qflow, fql])
-def test_compiled_and_captured_updates_are_the_plain_ones(method):
+def test_compiled_and_captured_updates_are_the_plain_ones(method, settings):
     dataset = random_dataset(4, 3)
-    args = method.Args(hidden=(64, 64), horizon=2, batch_size=64)
+    args = method.Args(hidden=(64, 64), horizon=2, batch_size=64, **settings)
 
     def fifty_updates(compiles, captures):
         """The metrics (50, M) and the parameters after them."""

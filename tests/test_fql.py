@@ -1,6 +1,7 @@
 """What FQL does differently from Q-Flow; shared blocks are tested in test_qflow."""
 
 import numpy as np
+import pytest
 import torch
 
 import common
@@ -61,6 +62,28 @@ def test_the_policy_is_clipped_when_it_acts_but_not_when_it_is_taught():
     assert torch.allclose(log["q_loss"], -q.mean())
 
 
+def test_pessimism_is_in_the_target_and_the_policy_sees_the_mean_of_all_critics():
+    args, nets, batch, draws = make(num_critics=5, rho=0.7)
+    target = fql.critic_target(nets, batch, draws.next_z, args)
+    next_obs = batch.next_observations
+    with torch.no_grad():
+        q = nets.target_critic(next_obs, fql.sample_actions(nets, next_obs, draws.next_z, args))
+    mean = q.sum(0) / 5
+    variance = ((q - mean) ** 2).sum(0) / 5  # the population's
+    assert q.shape == (5, 16) and variance.min() > 1e-4
+    next_q = mean - 0.7 * variance**0.5
+    assert torch.allclose(target, batch.rewards + args.discount * batch.masks * next_q)
+
+    _, log = fql.policy_loss(nets, batch, draws.policy_z, args)
+    actions = fql.sample_actions(nets, batch.observations, draws.policy_z, args)
+    q = nets.critic(batch.observations, actions)
+    assert torch.allclose(log["q_loss"], -q.sum() / (5 * 16))
+
+    fql.critic_loss(nets, batch, target)[0].backward()
+    for name, parameter in nets.critic.named_parameters():
+        assert len(parameter) == 5 and (parameter.grad.flatten(1).abs().amax(1) > 0).all(), name
+
+
 def test_normalised_q_loss_does_not_depend_on_the_scale_of_q():
     args, nets, batch, draws = make(normalize_q_loss=True, alpha=0.0)
     gradients = []
@@ -95,9 +118,11 @@ def test_of_a_chunk_the_valid_actions_are_cloned_and_whole_chunks_train_the_crit
     assert torch.equal(*both)
 
 
-def test_the_loss_is_traced_into_one_graph_and_computes_the_same():
-    sizes = dict(hidden=(8, 8), flow_steps=2)
-    args, nets, batch, draws = make(horizon=3, q_agg="min", normalize_q_loss=True, **sizes)
+@pytest.mark.parametrize(
+    "settings", [dict(q_agg="min", normalize_q_loss=True), dict(num_critics=3, rho=0.5)]
+)
+def test_the_loss_is_traced_into_one_graph_and_computes_the_same(settings):
+    args, nets, batch, draws = make(horizon=3, hidden=(8, 8), flow_steps=2, **settings)
     traced = torch.compile(fql.total_loss, fullgraph=True, backend="aot_eager")
     results = []
     for function in (fql.total_loss, traced):

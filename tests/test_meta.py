@@ -61,7 +61,15 @@ def meta_dataset():
 
 
 @pytest.mark.parametrize("method", [qflow, fql])
-@pytest.mark.parametrize("settings", [dict(), dict(horizon=5, q_agg="min", normalize_q_loss=True)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(horizon=5, q_agg="min", normalize_q_loss=True),
+        dict(num_critics=10, rho=0.5),
+    ],
+    ids=["default", "min", "ensemble"],
+)
 def test_offline_updates(method, settings):
     if method is qflow:
         settings = {name: x for name, x in settings.items() if name != "normalize_q_loss"}

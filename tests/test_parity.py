@@ -25,6 +25,7 @@ import qflow
 FOLDER = Path(os.environ.get("GOLDEN_DIR", Path(__file__).parent / "golden"))
 FILES = sorted(FOLDER.glob("*.npz"))
 NETS = {"velocity": "flow", "value": "inner_value"}  # our names, where the files have others
+SAME_IN_CONFIG = ("flow_steps", "batch_size", "q_agg", "num_critics", "discount", "tau", "lr")
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -66,7 +67,7 @@ def float32_error(nets):
     A sum of n products is off by at most n * EPS / 2 of the sum of their sizes, in whatever order a
     CPU adds them, and each layer passes on what the one before it is off by.
     """
-    summands = sum(p.shape[1] for p in nets.critic.parameters())  # (2, in, out), (2, 1, out)
+    summands = sum(p.shape[1] for p in nets.critic.parameters())  # (n, in, out), (n, 1, out)
     return EPS / 2 * summands
 
 
@@ -80,9 +81,24 @@ def close(actual, expected, relative=0.0, of_largest=0.0, absolute=0.0, share=1.
     )
 
 
-def replay_updates(arrays, nets, args, dtype, module, make_draws, check_step, losses):
-    """losses: our metric -> (the file's name for it, relative tolerance)."""
-    rounding = 0.0 if dtype == torch.float64 else float32_error(nets)
+def settings_of(config):
+    """The settings that both methods have; files of single actions say nothing of rho and h."""
+    settings = {name: config[name] for name in SAME_IN_CONFIG}
+    settings["hidden"] = tuple(config["hidden_dims"])
+    settings["rho"] = config.get("rho", 0.0)
+    settings["horizon"] = config.get("horizon", 1)
+    return settings
+
+
+def replay_updates(config, arrays, args, dtype, module, make_draws, check_step, losses):
+    """Replay the updates of a file with the module's networks and losses.
+
+    check_step: also compares what is not in the metrics. losses: our metric -> (the file's name
+    for it, relative tolerance).
+    """
+    nets = module.Networks(config["obs_dim"], config["action_dim"] * args.horizon, args)
+    # mean - rho * std is off by 1 + rho times as much as what they are of
+    rounding = 0.0 if dtype == torch.float64 else float32_error(nets) * (1 + args.rho)
     nets.to(dtype)
     parameters = golden_parameters(nets)
     initial = under(arrays, "init/")
@@ -92,13 +108,13 @@ def replay_updates(arrays, nets, args, dtype, module, make_draws, check_step, lo
             parameter.copy_(initial[name].reshape(parameter.shape))
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
     optimizer = module.make_optimizer(nets, args)
-    for step in range(3):
+    for step in range(config["steps"]):
         recorded = under(arrays, f"step{step}/batch/", dtype)
-        valid = torch.ones(len(recorded["rewards"]), 1, dtype=dtype)
-        batch = common.Batch(**recorded, valid=valid)
+        whole = torch.ones(len(recorded["rewards"]), args.horizon, dtype=dtype)
+        batch = common.Batch(**{"valid": whole, **recorded})
         draws = make_draws(under(arrays, f"step{step}/draw/", dtype))
         expected = under(arrays, f"step{step}/expect/")
-        check_step(batch, draws, expected, rounding)
+        check_step(nets, batch, draws, expected, rounding)
         metrics = module.update(nets, optimizer, batch, draws, args)
         for name, (key, tolerance) in losses.items():
             tolerance += rounding
@@ -116,34 +132,29 @@ def replay_updates(arrays, nets, args, dtype, module, make_draws, check_step, lo
 
     # Adam divides each gradient by its own size. So rounding shows in those that are almost 0, few
     # of 10,000; where it turns the sign, a weight is off by 2 lr, and the target by tau of that.
+    # A target update rounds 1 - tau, its product and the sum, in the file and here.
+    steps = config["steps"]
+    turned = args.tau * 2 * args.lr * sum(range(steps))  # each update is in the targets after it
+    rounded = 2 * steps * 3 * EPS / 2
     for name in set(final) - trained:
-        if dtype == torch.float64:
-            close(parameters[name], final[name], absolute=3e-7, what=name)
-        else:
-            turned = args.tau * 2 * args.lr * (1 + 2)  # of two updates, mixed in twice and once
-            close(parameters[name], final[name], absolute=3e-7 + turned, what=name)
-    for names, absolute in ((set(final) - trained, 3e-7 + 3 * EPS), (trained, 1e-5)):
-        ours = torch.cat([parameters[name].flatten() for name in sorted(names)])
-        theirs = torch.cat([final[name].flatten() for name in sorted(names)])
-        close(ours, theirs, absolute=absolute, share=0.999, what="parameters")
+        target = parameters[name]
+        close(target, final[name], rounded, absolute=3e-7 + turned, what=name)
+        close(target, final[name], rounded, absolute=3e-7, share=0.99, what=name)
+    ours = torch.cat([parameters[name].flatten() for name in sorted(trained)])
+    theirs = torch.cat([final[name].flatten() for name in sorted(trained)])
+    close(ours, theirs, absolute=1e-5, share=0.999, what="parameters")
 
 
 def replay_qflow(config, arrays, dtype):
-    args = qflow.Args(
-        hidden=tuple(config["hidden_dims"]),
-        flow_steps=config["flow_steps"],
-        lam=config["alpha"],
-        time_dim=config["time_embed_dim"],
-        **{k: config[k] for k in ("batch_size", "q_agg", "discount", "tau", "lr")},
-    )
-    nets = qflow.Networks(config["obs_dim"], config["action_dim"], args)
+    settings = settings_of(config)
+    args = qflow.Args(**settings, lam=config["alpha"], time_dim=config["time_embed_dim"])
 
     def draws(d):
         names = "critic/next_noise", "critic/x0", "critic/t", "actor/x0", "actor/t"
         return qflow.Draws(*(d[name] for name in names))
 
     @torch.no_grad()
-    def check(batch, draws, expected, rounding):
+    def check(nets, batch, draws, expected, rounding):
         s, a, k = batch.observations, batch.actions, args.flow_steps
         next_actions = qflow.sample_actions(nets, batch.next_observations, draws.next_x0, args)
         close(next_actions, expected["critic/next_actions"], absolute=1e-5 + rounding)
@@ -164,22 +175,20 @@ def replay_qflow(config, arrays, dtype):
         "value_loss": ("critic/distillation_loss", 1e-4),
         "policy_loss": ("actor/total_loss", 1e-4),
     }
-    replay_updates(arrays, nets, args, dtype, qflow, draws, check, losses)
+    replay_updates(config, arrays, args, dtype, qflow, draws, check, losses)
 
 
 def replay_fql(config, arrays, dtype):
-    args = fql.Args(
-        hidden=tuple(config["hidden_dims"]),
-        **{k: config[k] for k in ("flow_steps", "alpha", "normalize_q_loss", "batch_size")},
-        **{k: config[k] for k in ("q_agg", "discount", "tau", "lr")},
-    )
-    nets = fql.Networks(config["obs_dim"], config["action_dim"], args)
+    settings = settings_of(config)
+    for name in ("alpha", "normalize_q_loss"):
+        settings[name] = config[name]
+    args = fql.Args(**settings)
 
     def draws(d):
         names = "critic/next_noise", "actor/x0", "actor/t", "actor/distill_noise"
         return fql.Draws(*(d[name] for name in names))
 
-    def check(batch, draws, expected, rounding):
+    def check(nets, batch, draws, expected, rounding):
         pass  # the losses are all that these files have
 
     losses = {
@@ -188,7 +197,7 @@ def replay_fql(config, arrays, dtype):
         "distill_loss": ("actor/distill_loss", 1e-5),
         "q_loss": ("actor/q_loss", 1e-5),
     }
-    replay_updates(arrays, nets, args, dtype, fql, draws, check, losses)
+    replay_updates(config, arrays, args, dtype, fql, draws, check, losses)
 
 
 def replay_sequences(config, arrays, dtype):

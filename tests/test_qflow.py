@@ -3,6 +3,7 @@
 import csv
 import shutil
 import types
+from dataclasses import replace
 from unittest.mock import MagicMock
 
 import gymnasium
@@ -159,6 +160,46 @@ def test_chunks_bootstrap_with_the_discount_of_their_length():
     a = qflow.sample_actions(nets, batch.next_observations, draws.next_x0, args)
     q = nets.target_critic(batch.next_observations, a).mean(0)
     assert torch.allclose(target, batch.rewards + 0.9**3 * batch.masks * q)
+
+
+@pytest.mark.parametrize("num_critics", [1, 2, 5])
+def test_q_and_v_have_as_many_heads_as_asked_and_each_is_trained(num_critics):
+    args, nets, batch, draws = make(num_critics=num_critics)
+    q = nets.critic(batch.observations, batch.actions)
+    v = nets.value(batch.observations, batch.actions, draws.value_t)
+    assert q.shape == v.shape == (num_critics, 16)
+    qflow.total_loss(nets, batch, draws, args)[0].backward()
+    for net in (nets.critic, nets.value):
+        for name, parameter in net.named_parameters():
+            assert len(parameter) == num_critics
+            assert (parameter.grad.flatten(1).abs().amax(1) > 0).all(), name
+
+
+def test_pessimism_is_in_the_targets_and_nowhere_else():
+    args, nets, batch, draws = make(num_critics=5, rho=0.7)
+    xt, t, s = draws.value_x0, draws.value_t, batch.observations
+    target, value_target = qflow.targets(nets, batch, draws.next_x0, xt, t, args)
+
+    def pessimistic(obs, actions):
+        q = nets.target_critic(obs, actions)
+        mean = q.sum(0) / 5
+        variance = ((q - mean) ** 2).sum(0) / 5  # the population's
+        assert variance.min() > 1e-4
+        return mean - 0.7 * variance**0.5
+
+    with torch.no_grad():
+        a = qflow.sample_actions(nets, batch.next_observations, draws.next_x0, args)
+        next_q = pessimistic(batch.next_observations, a)
+        x1 = qflow.rollout(nets.velocity, s, xt, t, args.flow_steps)
+        assert torch.allclose(value_target, pessimistic(s, x1))
+    assert torch.allclose(target, batch.rewards + args.discount * batch.masks * next_q)
+
+    loss, _ = qflow.value_loss(nets, batch, xt, t, value_target, args)
+    v = nets.value(s, xt, t).sum(0) / 5
+    assert torch.allclose(loss, ((v - value_target) ** 2).mean())
+    without = replace(args, rho=0.0)
+    losses = [qflow.policy_loss(nets, batch, *draws[3:], a)[0] for a in (args, without)]
+    assert torch.equal(*losses)
 
 
 def test_one_rollout_for_both_targets_is_two_rollouts():
