@@ -548,7 +548,8 @@ def collect_episode(job):
 def read_checkpoint(folder, script):
     """checkpoint.pt of a run of `script` as it was saved. Raises UserError.
 
-    A run that was killed before its first checkpoint has config.json only: then {config: ...}.
+    A run that has not reached its first checkpoint, or was queued by a sweep, has config.json only:
+    then {config: ...}.
     """
     path = Path(folder) / "checkpoint.pt"
     try:
@@ -588,12 +589,25 @@ def start_wandb(folder, config):
         raise UserError(f"--track: {error}") from None
 
 
+def make_new_folder(path):
+    """Create the folder `path` or, where there is one, path-2, path-3 and so on; returns it."""
+    folder = path
+    number = 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:  # of a run that began in the same second
+            number += 1
+            folder = path.with_name(f"{path.name}-{number}")
+
+
 class Run:
     """The folder of a run: config.json, train.csv, eval.csv, curve.png, checkpoint.pt.
 
     config: dict that JSON can hold; `script` is the name of the file that trains, `args` its
-    settings. resume: the folder is that of an earlier run. Use it in a with statement. Raises
-    UserError.
+    settings. resume: the folder is that of an earlier run; else, if it exists, a number is added to
+    its name. Use it in a with statement. Raises UserError.
     """
 
     def __init__(self, folder, config, resume=False, track=False):
@@ -614,7 +628,8 @@ class Run:
             versions={package: version(package) for package in packages},
         )
         with disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=resume)
+            if not resume:
+                self.folder = make_new_folder(self.folder)
             self.lock = FileLock(self.folder / ".lock", blocking=False)
             try:
                 self.lock.acquire()
@@ -738,7 +753,10 @@ class Run:
         self.saved_at = time.perf_counter()
 
     def finish(self):
-        """Print the score, the mean of the last three evaluations, as in the papers."""
+        """Print that the run is finished and its score.
+
+        As in the papers, that is the mean of the last three evaluations.
+        """
         self.bar.close()
         rows = self.rows.get("eval.csv", [])[-3:]
         means = []
@@ -746,7 +764,7 @@ class Run:
             mean = np.mean([row[name] for row in rows]) if rows else np.nan
             if not np.isnan(mean):
                 means.append(f"{name} {mean:.4g}")
-        print(f"mean of the last {len(rows)} evaluations: {', '.join(means)}")
+        print(f"finished; mean of the last {len(rows)} evaluations: {', '.join(means)}")
 
     def plot(self, unit="updates", switch=0):
         """Draw curve.png from the logged rows; `unit` is what their `step` counts.

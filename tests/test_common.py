@@ -586,7 +586,7 @@ def test_run_folder(tmp_path, capsys):
         assert state["step"] == 2 and torch.equal(state["nets"]["weight"], nets.weight)
         run.finish()
     printed = capsys.readouterr().out
-    assert printed == "mean of the last 3 evaluations: return -3, length 9\n"
+    assert printed == "finished; mean of the last 3 evaluations: return -3, length 9\n"
     names = {path.name for path in run.folder.iterdir()}
     files = {"config.json", "train.csv", "eval.csv", "curve.png", "checkpoint.pt"}
     assert names - {".lock"} == files
@@ -669,6 +669,16 @@ def test_one_process_writes_to_a_run_folder_at_a_time(tmp_path):
         with pytest.raises(common.UserError, match="another process writes there"):
             common.Run(tmp_path / "run", dict(script="x.py"), resume=True)
     common.Run(tmp_path / "run", dict(script="x.py"), resume=True).lock.release()
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path):
+    config = dict(script="x.py")
+    with common.Run(tmp_path / "run", config) as first, common.Run(tmp_path / "run", config) as run:
+        (first.folder / "config.json").write_text("of the first")
+        assert first.folder == tmp_path / "run" and run.folder == tmp_path / "run-2"
+        run.restore()
+    assert common.Run(tmp_path / "run", config).folder == tmp_path / "run-3"
+    assert (first.folder / "config.json").read_text() == "of the first"
 
 
 def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
