@@ -1,0 +1,303 @@
+"""results/sweep.py without Ray: its jobs, and their commands as another engine runs them.
+
+What Ray does is checked by results/sweep/check_ray.py, SLURM by check_slurm.sh beside it.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+import fql
+import qflow
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "results"))
+import sweep  # noqa: E402
+
+NAME = "pointmaze-medium-navigate-v0"
+TASK = "pointmaze-medium-navigate-singletask-v0"
+FLAGS = """--device cpu --hidden 8 --batch-size 16 --offline-steps 300 --eval-interval 100
+    --log-interval 20 --eval-episodes 1""".split()
+SCRIPTS = [str(ROOT / "qflow.py"), str(ROOT / "fql.py")]
+
+# Python imports this file when it starts: where no dataset is there, a small one is collected.
+SITE = """
+import common
+
+collect = common.collect_pointmaze
+
+def collect_and_note(name, path):
+    with open("collections.txt", "a") as file:
+        print(path, file=file)
+    collect(name, path, num_episodes=4)
+
+common.collect_pointmaze = collect_and_note
+"""
+
+
+@pytest.fixture
+def sweep_prints(monkeypatch, capsys):
+    """sweep_prints(*flags): the commands that --print prints."""
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["sweep.py", "--print", *map(str, flags)])
+        sweep.main()
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def job_folder(command):
+    """The folder of a printed command."""
+    return Path(command.split(" --resume ")[1])
+
+
+def rows(path):
+    """The lines of a CSV file without its last column, the speed in train.csv."""
+    return [line.rpartition(",")[0] for line in path.read_text().splitlines()]
+
+
+# ----------------------------------------------------------------------------------------- jobs
+
+
+def test_a_job_for_each_script_environment_task_and_seed(sweep_prints, tmp_path):
+    envs = ["cube-single-play-v0", "antmaze-giant-navigate-v0"]
+    flags = ["--scripts", *SCRIPTS, "--envs", *envs, "--tasks", 2, 3, "--seeds", 0, 7]
+    flags += ["--run-dir", tmp_path, "--cpus", 2.5, "--", "--hidden", 8, 9, "--tau", 0.1]
+    commands = sweep_prints(*flags)
+    folders = [job_folder(command) for command in commands]
+    assert len(set(folders)) == 16 and set(folders) == set(tmp_path.iterdir())
+    name = r"antmaze-giant-navigate-singletask-task3-v0__fql__7__\w{8}"
+    assert re.fullmatch(name, folders[-1].name)
+    words = [sys.executable, SCRIPTS[1], "--resume", str(folders[-1])]
+    assert commands[-1] == f"OMP_NUM_THREADS=2 {' '.join(words)}"
+
+    config = json.loads((folders[-1] / "config.json").read_text())
+    args = config["args"]
+    assert config["script"] == "fql.py" and args["hidden"] == [8, 9] and args["tau"] == 0.1
+    assert (args["env"], args["task"], args["seed"]) == (envs[1], 3, 7)
+    assert args["discount"] == 0.995 and args["alpha"] == 10  # of antmaze-giant
+    assert sweep.last_step(folders[-1]) == 1_000_000
+
+    assert sweep_prints(*flags) == commands
+    (folders[0] / "config.json").write_text("as it was")
+    others = sweep_prints(*flags[:-1], 0.2)
+    assert not set(others) & set(commands)
+    assert (folders[0] / "config.json").read_text() == "as it was"
+
+
+def test_an_environment_without_dataset(sweep_prints, tmp_path):
+    script = ROOT / "flow_sac.py"
+    (command,) = sweep_prints(
+        "--scripts", script, "--envs", "Hopper-v5", "--run-dir", tmp_path, "--", "--hidden", 8
+    )
+    folder = job_folder(command)
+    assert folder.name.startswith("Hopper-v5__flow_sac__0__")
+    assert sweep.last_step(folder) == 1_000_000
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--tasks", "6"], "--task 6: no such environment"),
+        (["--", "--seed", "3"], "use --envs, --tasks and --seeds"),
+        (["--", "--resume", "a_run"], "--resume and --evaluate: not in a sweep"),
+        (["--", "--tau", "2"], "--tau 2.0: must be above 0 and at most 1"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(flags, message, sweep_prints, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    args = dict(script="fql.py", args=vars(fql.Args(env=NAME)))
+    (run / "config.json").write_text(json.dumps(args))
+    flags = [str(run) if flag == "a_run" else flag for flag in flags]
+    with pytest.raises(common.UserError, match=re.escape(message)):
+        sweep_prints(
+            "--scripts", SCRIPTS[1], "--envs", NAME, "--run-dir", tmp_path / "sweep", *flags
+        )
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_mistake_in_a_flag_has_the_message_of_the_script(sweep_prints, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        sweep_prints(
+            "--scripts", SCRIPTS[1], "--envs", NAME, "--run-dir", tmp_path, "--", "--lam", 3
+        )
+    assert "--lam" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_readme_s_command_parses(sweep_prints, monkeypatch, tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    command = re.search(r"^python results/sweep\.py (--scripts(?:.*\\\n)*.*)$", readme, re.M)[1]
+    flags = command.replace("\\\n", " ").split()
+    for i, flag in enumerate(flags):
+        if flag.endswith(".py"):
+            flags[i] = ROOT / flag
+    lines = sweep_prints("--run-dir", tmp_path, *flags)
+    array = re.search(r"--array=1-(\d+) ", readme)[1]
+    assert len(lines) == int(array)
+
+
+# ------------------------------------------------------------------------------- their commands
+
+
+def main_process(folder):
+    """The process of a job's script, of which those of its environments are children."""
+    pids = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:  # it has ended
+            continue
+        if words[0] == sys.executable.encode() and str(folder).encode() in words:
+            pids.append(int(path.parent.name))
+    return min(pids)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs Linux's /proc")
+def test_the_commands_with_xargs_one_of_them_killed(sweep_prints, tmp_path, monkeypatch):
+    site, home = tmp_path / "site", tmp_path / "home"
+    site.mkdir()
+    home.mkdir()
+    (site / "sitecustomize.py").write_text(SITE)
+    (home / "collections.txt").touch()
+    flags = ["--scripts", *SCRIPTS, "--envs", NAME, "--run-dir", home / "runs", "--", *FLAGS]
+    commands = sweep_prints(*flags)
+    first, second = (job_folder(command) for command in commands)
+
+    def start():
+        process = subprocess.Popen(
+            ["xargs", "-d", "\n", "-P", "2", "-I", "LINE", "sh", "-c", "LINE"],
+            cwd=home,
+            env={**os.environ, "HOME": str(home), "PYTHONPATH": f"{site}:{ROOT}"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        process.stdin.write("\n".join(commands))
+        process.stdin.close()
+        process.stdin = None
+        return process
+
+    process = start()
+    while not (first / "checkpoint.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(main_process(first), signal.SIGKILL)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode != 0 and out.count("finished; ") == 1, err
+    assert not sweep.is_finished(first) and sweep.is_finished(second)
+    process = start()
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0 and out.count("finished; ") == 2, err
+    assert sweep.is_finished(first) and sweep.is_finished(second)
+    assert len((home / "collections.txt").read_text().splitlines()) == 1  # for both jobs
+
+    monkeypatch.setenv("HOME", str(home))
+    for script, folder in ((qflow, first), (fql, second)):
+        whole = tmp_path / script.__name__
+        monkeypatch.setattr(
+            sys, "argv", ["script.py", "--env", NAME, *FLAGS, "--run-dir", str(whole)]
+        )
+        script.main()
+        (whole,) = whole.iterdir()
+        assert rows(folder / "train.csv") == rows(whole / "train.csv")
+        assert (folder / "eval.csv").read_text() == (whole / "eval.csv").read_text()
+        assert len(rows(folder / "train.csv")) == 1 + 15
+    torch.set_float32_matmul_precision("highest")
+
+
+# ------------------------------------------------------------------------------ in Ray's worker
+
+
+def run_job(code, tmp_path):
+    """What sweep.run_job returns for a job of this Python code."""
+    output = tmp_path / "output.txt"
+    return sweep.run_job([sys.executable, "-c", code], dict(A="3"), output, tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs Linux's setpriv")
+@pytest.mark.parametrize(
+    "code, reason",
+    [
+        ("import os; print(os.environ['A'], os.getcwd())", ""),
+        ("print('x'); raise ValueError('a reason')", "ValueError: a reason"),
+        ("import sys; print('one\\n\\ntwo\\n'); sys.exit(2)", "two"),
+        ("import sys; sys.exit(3)", "exit status 3"),
+    ],
+)
+def test_how_a_job_ends(code, reason, tmp_path):
+    assert run_job(code, tmp_path) == reason
+    if not reason:
+        assert (tmp_path / "output.txt").read_text() == f"3 {tmp_path}\n"
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs Linux's setpriv")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_job_is_not_a_failed_one(number, tmp_path):
+    with pytest.raises(ChildProcessError, match="killed"):
+        run_job(f"import os; os.kill(os.getpid(), {int(number)})", tmp_path)
+    with pytest.raises(ChildProcessError, match="killed"):
+        run_job("import sys; sys.exit(130)", tmp_path)  # as the scripts end after SIGTERM
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs Linux's setpriv")
+def test_a_job_ends_with_its_worker(tmp_path):
+    output = tmp_path / "output.txt"
+    job = "import os, time; print(os.getpid(), flush=True); time.sleep(100)"
+    worker = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "results")!r})
+import sweep
+sweep.run_job([sys.executable, "-c", {job!r}], dict(), Path({str(output)!r}), "/")
+"""
+    process = subprocess.Popen([sys.executable, "-c", worker])
+    while not (output.exists() and output.read_text()) and process.poll() is None:
+        time.sleep(0.01)
+    pid = int(output.read_text())
+    assert Path(f"/proc/{pid}").exists()
+    process.kill()
+    process.wait()
+    deadline = time.perf_counter() + 10
+    while Path(f"/proc/{pid}").exists() and time.perf_counter() < deadline:
+        time.sleep(0.01)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+# --------------------------------------------------------------------------- where the jobs are
+
+
+def test_states(sweep_prints, tmp_path):
+    flags = ["--scripts", SCRIPTS[1], "--envs", NAME, "--seeds", 0, 1, "--run-dir", tmp_path]
+    queued, running = map(job_folder, sweep_prints(*flags, "--", *FLAGS))
+    assert not sweep.is_finished(queued) and sweep.score(queued) == "no score"
+    (running / "output.txt").touch()
+    lines = sweep.status([queued, running], 3, 4)
+    assert lines[0] == "queued 1, running 1, finished 3, failed 4"
+    assert lines[1:] == [f"running   {running.name}: step 0 of 300"]
+
+    (running / "train.csv").write_text("step,critic_loss\n20,0.5\n40,0.5\n60,0")  # being written
+    (running / "eval.csv").write_text("step,success,return\n1,1,-1\n2,1,-9\n3,0,-9\n4,.5,-9\n")
+    assert sweep.status([running], 0, 0)[1].endswith(": step 40 of 300")
+    assert sweep.score(running) == "success 0.5"
+    text = (running / "eval.csv").read_text()
+    (running / "eval.csv").write_text(re.sub(r"(?<=\d),[.\d]+,", ",nan,", text))
+    assert sweep.score(running) == "return -9"
+
+    for step, is_finished in ((299, False), (300, True)):
+        torch.save(dict(step=step), running / "checkpoint.pt")
+        assert sweep.is_finished(running) is is_finished
+    (running / "checkpoint.pt").write_bytes(b"damaged")
+    assert not sweep.is_finished(running)
