@@ -93,13 +93,16 @@ def train(
     policy: Literal["flow-t", "flow-g", "naive"],
     online_steps: int = 30_000,
     learning_starts: int = 5_000,
+    compile: bool = False,
 ):
-    """online_steps, learning_starts: as in flow_sac.py."""
+    """online_steps, learning_starts, compile: as in flow_sac.py."""
     impose(condition)
     width = 64 if policy == "flow-t" else 128
     flags = f"""--env HalfCheetah-v5 --policy {policy} --policy-width {width} --hidden 256 256
         --batch-size 256 --online-steps {online_steps} --learning-starts {learning_starts}
         --eval-interval 10000 --eval-episodes 10 --run-dir {RUNS / condition / policy}"""
+    if compile:
+        flags += " --compile"
     sys.argv = ["flow_sac.py", *flags.split()]
     flow_sac.main()
 
