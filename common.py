@@ -319,10 +319,19 @@ def read_ogbench_file(path):
         raise UserError(f"{path}: not a usable dataset: {error}") from None
 
 
-def load_dataset(path, env_id, device):
+def sparse_reward(reward):
+    """0 if the task is solved, else -1.
+
+    reward: minus the number of unsolved parts, as in OGBench's scene and puzzle; a number or array.
+    """
+    return (reward == 0) - 1.0
+
+
+def load_dataset(path, env_id, device, sparse=False):
     """A file in OGBench's layout -> (Dataset with the rewards of env_id, where the data are from).
 
-    A file without positions keeps the rewards and masks that it has. Raises UserError.
+    A file without positions keeps the rewards and masks that it has. sparse: the rewards become
+    those of `sparse_reward`, the masks stay. Raises UserError.
     """
     data, source = read_ogbench_file(path)
     with gymnasium.make(env_id) as env:
@@ -336,6 +345,8 @@ def load_dataset(path, env_id, device):
                 raise ValueError("no transitions")
             if "rewards" not in data:
                 ogbench.relabel_utils.relabel_dataset(env_id, env, data)  # adds both
+            if sparse:
+                data["rewards"] = sparse_reward(data["rewards"])
             dataset = Dataset(
                 observations=data["observations"],
                 actions=np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5),  # as the authors do
@@ -349,7 +360,7 @@ def load_dataset(path, env_id, device):
     return dataset, source
 
 
-def get_dataset(name, env_id, path="", url="", device="cpu"):
+def get_dataset(name, env_id, path="", url="", device="cpu", sparse=False):
     """The dataset `name` with the rewards of env_id -> (Dataset, description). Raises UserError.
 
     The first of these that is there: the file `path`; the official file in ~/.ogbench/data; for
@@ -366,7 +377,7 @@ def get_dataset(name, env_id, path="", url="", device="cpu"):
     else:
         path = collected
         make_once(path, lambda: collect_pointmaze(name, path))
-    dataset, source = load_dataset(path, env_id, device)
+    dataset, source = load_dataset(path, env_id, device, sparse)
     counts = f"{len(dataset)} transitions, {dataset.num_episodes} episodes"
     return dataset, f"{counts}, {source or 'no source stated, as in OGBench files'}"
 

@@ -24,7 +24,7 @@ Park, Li, Levine: Flow Q-Learning, ICML 2025, https://arxiv.org/abs/2502.02538
     python fql.py --resume RUN --online-steps 200000  # a finished run, now online
 
 Q-Flow's advanced setting: --num-critics 10 --q-agg mean --rho 0.5 (humanoidmaze: 0); for cube,
-scene and puzzle --horizon 5. The alphas below are not tuned for it.
+scene and puzzle --horizon 5; for scene and puzzle --sparse. The alphas below are not tuned for it.
 """
 
 import copy
@@ -65,6 +65,8 @@ class Args:
     """npz file in OGBench's layout; default: the official one (pointmaze-*-navigate: collected)"""
     dataset_url: str = ""
     """folder or npz file to download from instead of OGBench's host"""
+    sparse: bool = False
+    """scene and puzzle: the reward is -1 until solved, not minus the number of unsolved parts"""
     seed: int = 0
     """seed of weights, batches, noise and episodes"""
     device: str = "auto"
@@ -145,6 +147,8 @@ def check_args(args):
     require(0 <= args.seed < 2**31, "seed", "between 0 and 2**31 - 1")
     require(len(args.hidden) > 0, "hidden", "at least one width")
     require(1 <= min(args.hidden) <= max(args.hidden) <= 10_000, "hidden", "between 1 and 10000")
+    if args.sparse and not args.env.startswith(("scene-", "puzzle-")):
+        raise common.UserError(f"--sparse: is for scene and puzzle, not for --env {args.env}")
 
 
 # Defaults per environment: the paper's; for pointmaze our own, small enough for a laptop.
@@ -872,7 +876,10 @@ def main():
     device = choose_device(args.device)
 
     def make_env(**options):
-        return gymnasium.make(env_id, **options)
+        env = gymnasium.make(env_id, **options)
+        if args.sparse:
+            env = gymnasium.wrappers.TransformReward(env, common.sparse_reward)
+        return env
 
     num_envs = min(args.eval_episodes, 25)
     with closing(make_envs(make_env, num_envs)) as envs:  # before CUDA is used: they fork
@@ -883,7 +890,7 @@ def main():
         if args.compile and not has_compiler:
             raise common.UserError("--compile: no C++ compiler found (g++, clang++ or $CXX)")
         dataset, description = common.get_dataset(
-            dataset_name, env_id, args.dataset, args.dataset_url, device
+            dataset_name, env_id, args.dataset, args.dataset_url, device, args.sparse
         )
         if args.horizon > len(dataset):
             raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")

@@ -25,7 +25,8 @@ def main(run: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]):
     arrays["terminals"] = arrays.pop("valids") == 0  # the last row of each episode
     args = state["config"]["args"]
     task, _, _ = common.resolve_task(args["env"], args["task"])
-    source = f"collected online in {task}, seed {args['seed']}; not the official file"
+    rewards = ", sparse rewards" if args.get("sparse") else ""
+    source = f"collected online in {task}{rewards}, seed {args['seed']}; not the official file"
     common.write_dataset(out, source, arrays)
 
 

@@ -118,6 +118,7 @@ VALUES = {  # flag -> (values that are mistakes, values that are none)
     "task": ([*NUMBER, -1, 1.5, 6, 100], [0, 5]),
     "dataset": (PLACE, []),
     "dataset_url": (URL, []),
+    "sparse": (SWITCH, []),
     "seed": ([*NUMBER, -1, 1.5, 2**31], [0, 2**31 - 1]),
     "device": (["", "gpu", "cuda:99", "-1", LONG], ["auto", "cpu"]),
     "offline_steps": COUNT,
@@ -200,6 +201,10 @@ def test_command_lines(refused, monkeypatch):
     refused("qflow", "--rho", 0.5, "--q-agg", "min", says=says)
     refused("qflow", "--env", "puzzle-3x3-play-v0", "--rho", 0.5, says=says)
     refused("fql", "--env", "antmaze-large-navigate-v0", "--rho", 0.5, says=says)
+    for name in (NAME, "cube-double-play-v0", "puzzel-3x3-play-v0"):
+        says = [f"--sparse: is for scene and puzzle, not for --env {name}"]
+        refused("qflow", "--env", name, "--sparse", says=says)
+    refused("fql", "--env", "scene-plai-v0", "--sparse", says=["no such environment"])
     monkeypatch.setattr(sys, "argv", "qflow.py --lr nan --lr 2 --hidden 9 9 --hidden 8".split())
     args = qflow.parse_args()
     assert args.lr == 2 and args.hidden == (8,)  # the last of a repeated flag counts
@@ -402,7 +407,7 @@ def test_what_a_run_may_change(finished, start, refused, monkeypatch):
     free = {"offline_steps", "online_steps", "eval_interval", "eval_episodes", "log_interval"}
     free |= {"compile", "track"}
     other = {"device", "dataset", "dataset_url", "resume", "evaluate", "video"}
-    other |= {"rho"}  # which excludes the run's q_agg
+    other |= {"sparse", "rho"}  # which exclude each other with the run's environment and q_agg
     saved = json.loads((finished / "config.json").read_text())["args"]
     for name in saved.keys() - free - other:
         flag = "--" + name.replace("_", "-")

@@ -451,6 +451,62 @@ def test_a_file_with_rewards_keeps_them(collected, tmp_path):
         common.load_dataset(path, ENV_ID, "cpu")
 
 
+def solved_and_unsolved_states(env):
+    """Positions and button states of 60 states, in some of which the whole task is solved."""
+    inner = env.unwrapped
+    rng = np.random.default_rng(0)
+    all_qpos = np.tile(inner._data.qpos, (60, 1))
+    all_button_states = rng.integers(0, 2, (60, len(inner._target_button_states)))
+    all_button_states[20:] = inner._target_button_states
+    if "scene" in env.spec.id:  # the cube, then the buttons, the drawer and the window
+        moved = rng.integers(0, 2, (60, 1)) * 0.1
+        moved[40:] = 0
+        all_qpos[:, 14:17] = inner._data.mocap_pos[0] + moved
+        all_qpos[:, -2] = inner._target_drawer_pos
+        all_qpos[:, -1] = inner._target_window_pos
+    return all_qpos, all_button_states
+
+
+@pytest.mark.parametrize("name", ["scene-play-v0", "puzzle-3x3-play-v0"])
+def test_sparse_rewards_are_the_same_in_a_file_and_in_the_environment(name, tmp_path):
+    *_, env_id = common.resolve_task(name)
+    path = tmp_path / "data.npz"
+    with gymnasium.make(env_id) as env:
+        env.reset(seed=0)
+        sparse_env = gymnasium.wrappers.TransformReward(env, common.sparse_reward)
+        all_qpos, all_button_states = solved_and_unsolved_states(env)
+        in_env = []
+        for qpos, button_states in zip(all_qpos, all_button_states):
+            env.unwrapped.set_state(qpos, 0 * env.unwrapped._data.qvel, button_states)
+            _, reward, *_ = sparse_env.step(np.zeros(5))  # the reward of the state before the step
+            in_env.append(reward)
+        observations = np.zeros((60, *env.observation_space.shape))
+    data = dict(observations=observations, actions=np.zeros((60, 5)), terminals=np.arange(60) == 59)
+    common.write_dataset(path, "here", dict(data, qpos=all_qpos, button_states=all_button_states))
+    dense, _ = common.load_dataset(path, env_id, "cpu")
+    sparse, _ = common.load_dataset(path, env_id, "cpu", sparse=True)
+    assert sparse.rewards.tolist() == in_env
+    solved = sparse.masks == 0
+    assert torch.equal(sparse.rewards, solved.float() - 1) and 19 < solved.sum() < 60
+    assert torch.equal(sparse.masks, dense.masks)
+    assert len(dense.rewards.unique()) >= 3 and torch.equal(dense.rewards == 0, solved)
+
+
+def test_a_file_with_rewards_can_be_made_sparse(collected, tmp_path):
+    with np.load(collected) as file:
+        arrays = {name: file[name] for name in ("observations", "actions", "terminals")}
+    path = tmp_path / "online.npz"
+    rewards = -(np.arange(len(arrays["terminals"])) % 4).astype(np.float32)
+    common.write_dataset(path, "collected online", dict(arrays, rewards=rewards, masks=rewards < 0))
+    for _ in range(2):  # what is sparse already stays as it is
+        dataset, _ = common.load_dataset(path, ENV_ID, "cpu", sparse=True)
+        assert dataset.rewards[:8].tolist() == [0, -1, -1, -1] * 2
+        assert torch.equal(dataset.masks, -dataset.rewards)
+        rewards = dataset.rewards.numpy()
+        content = dict(arrays, rewards=rewards, masks=dataset.masks.numpy())
+        common.write_dataset(path, "collected online", content)
+
+
 def test_files_that_are_damaged_or_something_else(collected, tmp_path):
     path = tmp_path / "data.npz"
     assert "No such file" in load_error(path)
