@@ -97,7 +97,7 @@ def replay_updates(config, arrays, args, dtype, module, make_draws, check_step, 
     for it, relative tolerance).
     """
     nets = module.Networks(config["obs_dim"], config["action_dim"] * args.horizon, args)
-    # mean - rho * std is off by 1 + rho times as much as what they are of
+    # if each critic is off by e, mean - rho * std is off by up to (1 + rho) e
     rounding = 0.0 if dtype == torch.float64 else float32_error(nets) * (1 + args.rho)
     nets.to(dtype)
     parameters = golden_parameters(nets)
