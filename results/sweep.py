@@ -57,7 +57,7 @@ class Args:
     cpus: float = 1.0
     """cores that a job takes; rounded down, but at least 1, it is the number of torch threads"""
     gpus: float | None = None
-    """GPUs that a job takes (0.25: four jobs share one); default: 1 if Ray finds any, else 0"""
+    """GPUs that a job takes (0.25: four share one; 0: none); default: 1 if Ray finds any, else 0"""
     run_dir: Path = Path("runs/sweep")
     """where the folders of the jobs are"""
     print: bool = False
@@ -163,23 +163,25 @@ def run_job(command, environment, output, working_dir):
     """
     # A worker that is killed takes its job with it: Ray would start the job a second time.
     command = ["setpriv", "--pdeathsig", "KILL", *command]
+    always = dict(TQDM_DISABLE="1", PYTHONUNBUFFERED="1")  # or its error comes before the rest
     with open(output, "ab") as file:
         result = subprocess.run(
             command,
             cwd=working_dir,
-            env={**os.environ, **environment},
+            env={**os.environ, **always, **environment},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
         )
     if result.returncode == 0:
         return ""
-    lines = output.read_text(errors="replace").split("\n")
-    last_line = [line for line in lines if line.strip()][-1:]
     stopped_by_sigterm = result.returncode == 130  # as the scripts end then
     if result.returncode < 0 or stopped_by_sigterm:
         raise ChildProcessError(f"killed, exit status {result.returncode}")
-    return last_line[0] if last_line else f"exit status {result.returncode}"
+    text = output.read_text(errors="replace").strip()
+    if not text:
+        return f"exit status {result.returncode}"
+    return text.split("\n")[-1]
 
 
 def start_ray(args):
@@ -210,12 +212,15 @@ def run_with_ray(jobs, args):
         max_retries=RETRIES,
         retry_exceptions=[ChildProcessError],
     )
-    environment = dict(OMP_NUM_THREADS=str(num_threads(args)), TQDM_DISABLE="1")
+    environment = dict(OMP_NUM_THREADS=str(num_threads(args)))
+    if gpus == 0:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides only those of other jobs
     pending = {}
     for folder, command in jobs.items():
         output = folder / "output.txt"  # there from the moment when the job has been started
         output.unlink(missing_ok=True)
-        pending[run.remote(command, environment, output, os.getcwd())] = folder
+        reference = run.remote(command, environment, output, os.getcwd())
+        pending[reference] = folder
     failed = {}
     screen = Screen()
     try:

@@ -232,6 +232,7 @@ def run_job(code, tmp_path):
     "code, reason",
     [
         ("import os; print(os.environ['A'], os.getcwd())", ""),
+        ("import sys; print('one'); print('a reason', file=sys.stderr); sys.exit(2)", "a reason"),
         ("print('x'); raise ValueError('a reason')", "ValueError: a reason"),
         ("import sys; print('one\\n\\ntwo\\n'); sys.exit(2)", "two"),
         ("import sys; sys.exit(3)", "exit status 3"),
