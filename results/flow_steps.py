@@ -1,0 +1,168 @@
+"""What an update costs against K, the number of flow steps: Q-Flow, FQL, and backpropagation.
+
+    OMP_NUM_THREADS=1 python results/flow_steps.py measure                   # on the CPU
+    python results/flow_steps.py measure --device cuda
+
+Sizes of antmaze-giant (29 observations, 8 actions), batch 256, networks of 4 x 512 and 4 x 256. The
+times are paired: for each K the three methods take turns within one process, so that a slow minute
+hits all of them. Peak memory is measured in a process of its own for each method and K: on a CPU,
+by how much its largest resident size exceeds that after the imports; on CUDA, what torch allocated.
+The update is that of tests/bench_update.py. Writes DEVICE.csv and DEVICE.png.
+"""
+
+import csv
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "results"), str(ROOT / "tests")]
+import bench_update  # noqa: E402
+import bptt  # noqa: E402
+
+import fql  # noqa: E402
+import qflow  # noqa: E402
+
+METHODS = {"Q-Flow": qflow, "FQL": fql, "BPTT": bptt}
+STEPS = (1, 2, 5, 10, 20, 50, 100)
+COLORS = {"Q-Flow": "tab:blue", "FQL": "tab:green", "BPTT": "tab:red"}
+
+
+def make_update(name, width, k, device):
+    """An update of a method, a function without arguments."""
+    torch.manual_seed(0)
+    method = METHODS[name]
+    settings = method.Args(hidden=(width,) * 4, flow_steps=k)
+    update, _ = bench_update.offline_update(method, settings, device, compiles=False)
+    return update
+
+
+def paired_milliseconds(updates, rounds, device):
+    """Times of updates (name -> function) that take turns: name -> list, one time per round."""
+
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    times = {name: [] for name in updates}
+    for i in range(3 + rounds):
+        for name, update in updates.items():
+            wait()
+            start = time.perf_counter()
+            update()
+            wait()
+            if i >= 3:  # before that, the libraries still allocate
+                times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def peak_resident():
+    """Largest resident size of this process so far, in MB; Linux only.
+
+    Not ru_maxrss: on Linux a process inherits that of the one that started it.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e6
+    raise OSError("/proc/self/status has no VmHWM")
+
+
+def memory(
+    method: Literal["Q-Flow", "FQL", "BPTT"],
+    width: int,
+    k: int,
+    device: str = "cpu",
+    updates: int = 3,
+):
+    """Print the peak memory of some updates in MB, in a process that did nothing else."""
+    device = fql.choose_device(device)
+    fql.set_matmul_precision("auto", device)
+    before = peak_resident()
+    update = make_update(method, width, k, device)
+    for _ in range(updates):
+        update()
+    if device.type == "cuda":
+        print(torch.cuda.max_memory_allocated(device) / 1e6)
+    else:
+        print(peak_resident() - before)
+
+
+def measure(
+    device: str = "cpu",
+    widths: tuple[int, ...] = (512, 256),
+    steps: tuple[int, ...] = STEPS,
+    rounds: int = 20,
+    threads: int = 1,
+    out: Path = Path("results/flow-steps"),
+):
+    """device: cpu or cuda; widths: of the four hidden layers; steps: the values of K; rounds: how
+    often each method is timed per K; threads: of torch; out: folder of table and picture"""
+    torch.set_num_threads(threads)
+    torch_device = fql.choose_device(device)
+    fql.set_matmul_precision("auto", torch_device)
+    rows = []
+    for width in widths:
+        for k in steps:
+            updates = {name: make_update(name, width, k, torch_device) for name in METHODS}
+            times = paired_milliseconds(updates, rounds, torch_device)
+            del updates
+            for name in METHODS:
+                flags = f"--method {name} --width {width} --k {k} --device {device}".split()
+                command = [sys.executable, __file__, "memory", *flags]
+                result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                deciles = statistics.quantiles(times[name], n=10)
+                row = dict(
+                    width=width,
+                    K=k,
+                    method=name,
+                    ms_median=round(statistics.median(times[name]), 2),
+                    ms_p10=round(deciles[0], 2),
+                    ms_p90=round(deciles[-1], 2),
+                    peak_mb=round(float(result.stdout), 1),
+                )
+                print(row, flush=True)
+                rows.append(row)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / f"{device}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, out / f"{device}.png")
+
+
+def draw(rows, path):
+    """Time and peak memory against K, on logarithmic axes; a column for each width."""
+    widths = list(dict.fromkeys(row["width"] for row in rows))
+    steps = list(dict.fromkeys(row["K"] for row in rows))
+    figure = Figure(figsize=(4.5 * len(widths), 6.5), layout="constrained")
+    axes = figure.subplots(2, len(widths), sharex=True, sharey="row", squeeze=False)
+    labels = dict(ms_median="ms per update", peak_mb="peak memory, MB")
+    for i, (column, label) in enumerate(labels.items()):
+        for j, width in enumerate(widths):
+            for name in METHODS:
+                own = [row for row in rows if row["width"] == width and row["method"] == name]
+                values = [row[column] for row in own]
+                axes[i, j].plot(steps, values, "o-", color=COLORS[name], label=name)
+            axes[i, j].set(xscale="log", yscale="log")
+            axes[i, j].grid(alpha=0.3)
+        axes[i, 0].set_ylabel(label)
+    for j, width in enumerate(widths):
+        axes[0, j].set_title(f"networks of 4 × {width}")
+        axes[1, j].set_xlabel("K, flow steps")
+        axes[1, j].set_xticks(steps, labels=[str(k) for k in steps])
+        axes[1, j].xaxis.set_minor_locator(NullLocator())
+    axes[0, 0].legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    commands = dict(measure=measure, memory=memory)
+    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
