@@ -1,0 +1,92 @@
+"""Is it Q or the policy? What an FQL run's behaviour flow does alone, and with its learned Q.
+
+    python results/best_of_n.py RUN --out results/antmaze-large/fql-seed0/best_of_n.csv
+
+Evaluates three policies made of one checkpoint of fql.py, without any training, on the same
+episodes: the one-step policy, which the run itself evaluates; the behaviour flow; and, of N actions
+of the flow, the one with the largest Q (the mean of the critics). Prints means with 95 % intervals.
+If the third is far better than the second, Q ranks actions well. If it is also better than the
+first, the one-step policy does not find what Q knows.
+"""
+
+import csv
+import sys
+import warnings
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import gymnasium
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
+import fql  # noqa: E402
+
+
+@torch.no_grad()
+def best_of_flow(nets, obs, n, args, generator=None):
+    """Of n actions of the flow the one with the largest Q: (N, O) -> (N, h, A), NumPy arrays."""
+    num_obs = len(obs)
+    device = next(nets.parameters()).device
+    obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+    obs = obs.repeat_interleave(n, 0)
+    z = torch.randn(len(obs), nets.sizes[1], device=device, generator=generator)
+    actions = fql.rollout(nets.velocity, obs, z, torch.zeros_like(z[:, :1]), args.flow_steps)
+    q = nets.critic(obs, actions).mean(0).view(num_obs, n)
+    best = actions.view(num_obs, n, -1)[torch.arange(num_obs), q.argmax(1)]
+    return best.view(num_obs, args.horizon, -1).cpu().numpy()
+
+
+def main(
+    run: tyro.conf.Positional[Path],
+    n: int = 16,
+    episodes: int = 200,
+    seed: int = 0,
+    device: str = "auto",
+    out: Path | None = None,
+):
+    """run: folder of a run of fql.py; n: actions to choose from; episodes: of each policy; seed: of
+    episodes and noise; device: auto, cpu, cuda or cuda:N; out: a CSV file with every episode"""
+    device = fql.choose_device(device)
+    nets, args = fql.load(run, device)
+    *_, env_id = common.resolve_task(args.env, args.task)
+    generator = torch.Generator(device)
+
+    def one_step(obs):
+        return fql.act(nets, obs, args, generator)
+
+    def flow(obs, n):
+        return best_of_flow(nets, obs, n, args, generator)
+
+    policies = {
+        "one-step policy": one_step,
+        "flow": partial(flow, n=1),
+        f"best of {n} of the flow": partial(flow, n=n),
+    }
+    rows = []
+    make_env = partial(gymnasium.make, env_id)
+    with closing(fql.make_envs(make_env, min(episodes, 25))) as envs:
+        fql.set_matmul_precision("auto", device)
+        for name, policy in policies.items():
+            generator.manual_seed(seed)
+            results = fql.evaluate(policy, envs, episodes, seed)
+            print(f"{name}, {episodes} episodes:")
+            fql.report(results)
+            for episode in zip(*results.values()):
+                rows.append([name, *episode])
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["policy", "success", "return", "length"])
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, float64 spaces
+    try:
+        tyro.cli(main, description=__doc__)
+    except common.UserError as error:
+        sys.exit(f"best_of_n.py: error: {error}")
