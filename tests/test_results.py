@@ -1,0 +1,323 @@
+"""The numerics of the experiments in results/: backpropagation, best of N, toy, costs of K."""
+
+import csv
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import fql
+import qflow
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "results"))
+import best_of_n  # noqa: E402
+import bptt  # noqa: E402
+import flow_steps  # noqa: E402
+import toy  # noqa: E402
+
+POINTMAZE = "pointmaze-medium-navigate-v0"
+
+
+@pytest.fixture(autouse=True)
+def keep_precision():
+    """The scripts choose how matrices are multiplied; other tests should not see that."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def make(**settings):
+    """bptt's networks, a random batch and random draws, in float64: there no rounding shows."""
+    torch.manual_seed(0)
+    args = fql.Args(hidden=(16, 16), flow_steps=6, batch_size=8, alpha=3.0)
+    args = replace(args, **settings)
+    nets = bptt.Networks(4, 3, args).double()
+    ones = torch.ones(8, dtype=torch.float64)
+    batch = common.Batch(
+        observations=torch.randn(8, 4, dtype=torch.float64),
+        actions=torch.rand(8, 3, dtype=torch.float64) * 2 - 1,
+        rewards=torch.randn(8, dtype=torch.float64),
+        masks=ones,
+        next_observations=torch.randn(8, 4, dtype=torch.float64),
+        valid=ones[:, None],
+    )
+    draws = fql.Draws(*(0.3 * x.double() for x in fql.draw(batch.actions.float(), None)))
+    return args, nets, batch, draws
+
+
+def velocity_gradient(loss, nets):
+    """The gradient of a loss by all weights of the velocity, as one vector."""
+    gradients = torch.autograd.grad(loss, list(nets.velocity.parameters()))
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+# --------------------------------------------------------------- backpropagation through the solver
+
+
+@pytest.mark.parametrize("normalize_q_loss", [False, True])
+def test_the_gradient_through_all_steps_is_that_of_finite_differences(normalize_q_loss):
+    args, nets, batch, draws = make(normalize_q_loss=normalize_q_loss)
+    scale = 1.0
+    if normalize_q_loss:  # by a constant, as far as the gradient knows
+        actions = bptt.flow_actions(nets, batch.observations, draws.policy_z, 6)
+        scale = nets.critic(batch.observations, actions).mean(0).abs().mean().item()
+    loss, _ = bptt.policy_loss(nets, batch, draws.policy_z, args)
+    gradient = velocity_gradient(loss, nets)
+    direction = torch.randn(len(gradient), dtype=torch.float64)
+    weights = torch.nn.utils.parameters_to_vector(nets.velocity.parameters())
+
+    def mean_q(shift):
+        shifted = weights + shift * direction
+        torch.nn.utils.vector_to_parameters(shifted.detach(), nets.velocity.parameters())
+        actions = bptt.flow_actions(nets, batch.observations, draws.policy_z, 6)
+        return nets.critic(batch.observations, actions).mean().item()
+
+    step = 1e-5
+    difference = -(mean_q(step) - mean_q(-step)) / (2 * step) / scale
+    assert abs(difference) > 1e-3
+    assert gradient @ direction == pytest.approx(difference, rel=1e-5)
+
+
+def test_the_gradient_equals_that_of_a_loop_written_out_and_clipped_actions_have_none():
+    args, nets, batch, draws = make()
+    with torch.no_grad():
+        nets.velocity.mlp[-1].bias[..., 0] += 0.8  # some of the actions leave [-1, 1]
+    x = draws.policy_z
+    for i in range(6):
+        t = torch.full((8, 1), i / 6, dtype=torch.float64)
+        x = x + nets.velocity(batch.observations, x, t) / 6
+    clipped = x.abs() > 1
+    assert 0 < clipped.sum() < clipped.numel()
+    q = nets.critic(batch.observations, torch.where(clipped, x.sign(), x))
+    expected = velocity_gradient(-q.mean(), nets)
+    loss, _ = bptt.policy_loss(nets, batch, draws.policy_z, args)
+    found = velocity_gradient(loss, nets)
+    assert torch.allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_critic_gets_no_gradient_from_the_policy_and_alpha_weighs_flow_matching():
+    args, nets, batch, draws = make()
+    flow_loss, _ = fql.flow_loss(nets, batch, draws.flow_x0, draws.flow_t)
+    q_loss, _ = bptt.policy_loss(nets, batch, draws.policy_z, args)
+    critic_loss, _ = fql.critic_loss(
+        nets, batch, fql.critic_target(nets, batch, draws.next_z, args)
+    )
+    critic_gradient = torch.autograd.grad(critic_loss, list(nets.critic.parameters()))
+    of_flow = velocity_gradient(flow_loss, nets)
+    of_q = velocity_gradient(q_loss, nets)
+
+    total, _ = bptt.total_loss(nets, batch, draws, args)
+    total.backward()
+    found = torch.cat([p.grad.flatten() for p in nets.velocity.parameters()])
+    assert torch.allclose(found, 3.0 * of_flow + of_q, rtol=1e-9, atol=1e-12)
+    for p, expected in zip(nets.critic.parameters(), critic_gradient):
+        assert torch.allclose(p.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_next_action_in_the_td_target_is_the_flows():
+    args, nets, batch, draws = make(q_agg="min")
+    with torch.no_grad():
+        start = torch.zeros(8, 1, dtype=torch.float64)
+        obs = batch.next_observations
+        actions = fql.rollout(nets.velocity, obs, draws.next_z, start, 6)
+        expected = batch.rewards + args.discount * nets.target_critic(obs, actions).amin(0)
+    assert torch.equal(fql.critic_target(nets, batch, draws.next_z, args), expected)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "data.npz"
+    common.collect_pointmaze(POINTMAZE, path, num_episodes=2, workers=1)
+    return path
+
+
+def test_bptt_trains_through_fqls_own_loop_under_its_own_name(tmp_path, monkeypatch, data):
+    for name in ("Networks", "total_loss", "__file__", "__doc__"):
+        monkeypatch.setattr(fql, name, getattr(fql, name))  # to restore what bptt replaces
+    flags = f"""--dataset {data} --hidden 8 8 --batch-size 16 --offline-steps 5 --eval-episodes 1
+        --log-interval 5 --run-dir {tmp_path / "runs"} --alpha 2"""
+    monkeypatch.setattr(sys, "argv", ["bptt.py", *flags.split()])
+    bptt.use_in_fql()
+    fql.main()
+
+    (run,) = (tmp_path / "runs").iterdir()
+    assert "__bptt__" in run.name
+    state = common.read_checkpoint(run, "bptt.py")
+    assert {name.split(".")[0] for name in state["nets"]} == {"critic", "velocity", "target_critic"}
+    with pytest.raises(common.UserError, match="a run of bptt.py, not of qflow.py"):
+        qflow.load(run)
+
+    bptt.gradients((run,), steps=(1, 3), out=tmp_path)
+    with open(tmp_path / "gradients.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["K"] for row in rows] == ["1", "3", "1", "3"]
+    assert rows[0]["weights"] == f"{run.name}, K = 5" and rows[2]["weights"] == "untrained"
+    assert rows[0]["q_grad_norm"] != rows[1]["q_grad_norm"]
+    assert rows[0]["flow_matching_grad_norm"] == rows[1]["flow_matching_grad_norm"]
+    assert (tmp_path / "gradients.png").exists()
+
+
+# --------------------------------------------------------------------------------------- best of N
+
+
+def test_of_n_actions_of_the_flow_the_one_with_the_largest_mean_q_is_taken():
+    torch.manual_seed(0)
+    args = fql.Args(hidden=(16, 16), flow_steps=4, horizon=2)
+    nets = fql.Networks(3, 4, args)
+    obs = np.random.default_rng(0).normal(size=(5, 3))
+    found = best_of_n.best_of_flow(nets, obs, 7, args, torch.Generator().manual_seed(1))
+    assert found.shape == (5, 2, 2)
+
+    z = torch.randn(5, 7, 4, generator=torch.Generator().manual_seed(1))
+    for i in range(5):
+        same_obs = torch.as_tensor(obs[i], dtype=torch.float32).expand(7, -1)
+        with torch.no_grad():
+            actions = fql.rollout(nets.velocity, same_obs, z[i], torch.zeros(7, 1), 4)
+            q = nets.critic(same_obs, actions).mean(0)
+        best = max(range(7), key=lambda j: q[j])
+        assert np.allclose(found[i].ravel(), actions[best], rtol=0, atol=1e-5)
+
+
+def test_best_of_n_evaluates_three_policies_of_a_run(tmp_path, capsys):
+    run = ROOT / "results/policies/fql-pointmaze-medium"
+    best_of_n.main(run, n=4, episodes=2, out=tmp_path / "best.csv")
+    printed = capsys.readouterr().out
+    with open(tmp_path / "best.csv") as file:
+        rows = list(csv.DictReader(file))
+    names = [row["policy"] for row in rows]
+    assert names == [
+        *2 * ["one-step policy"],
+        *2 * ["flow"],
+        *2 * ["best of 4 of the flow"],
+    ]
+    assert printed.count("success ") == 3
+    assert any(float(row["success"]) for row in rows[:2])  # this policy reaches nearly every goal
+
+
+# --------------------------------------------------------------------------------------------- toy
+
+
+@pytest.mark.parametrize(
+    "name, point, expected",
+    [
+        ("swiss-roll", (3, 0), 1),
+        ("swiss-roll", (0, -1.5), 0.25),
+        ("two-spirals", (0, 0), 1),
+        ("two-spirals", (np.pi, 0), 1 - 0.3 * np.pi),  # where the first arm ends
+        ("two-spirals", (-np.pi, 0), 1 - 0.3 * np.pi),
+        ("two-spirals", (-3.9, 3.9), 0),
+        ("moons", (-1, 1.8), 0),  # the middle of the upper one
+        ("moons", (1, -1.2), 1),
+        ("eight-gaussians", (0, 2.8), 0),
+        ("eight-gaussians", (-2, 2), 1 / 7),
+        ("eight-gaussians", (-2.8, 0), 2 / 7),
+        ("eight-gaussians", (2, 2), 1),
+    ],
+)
+def test_rewards_at_known_points(name, point, expected):
+    found = toy.reward(name, np.array([point], float))
+    assert found == pytest.approx([expected], abs=1e-6)
+
+
+@pytest.mark.parametrize("name", toy.DATASETS)
+def test_points_have_the_rewards_of_their_dataset(name):
+    points = toy.sample_points(name, 4000, np.random.default_rng(0))
+    rewards = toy.reward(name, points)
+    assert points.shape == (4000, 2) and np.abs(points).max() <= 4
+    # Mean rewards: r uniform, so E r^2 / 25 / 9 and the noise; E (1 - 0.3 r / 3) for r ~ sqrt(u),
+    # of which the noise across the arm costs some 2 %; one half; the mean of k / 7.
+    r = 1.5 * np.pi * (1 + 2 * np.linspace(0, 1, 10_001))
+    expected = {
+        "swiss-roll": ((r**2).mean() / 25 + 2 * 0.04) / 9,
+        "two-spirals": 0.98 * (1 - 0.1 * 2 * np.pi),
+        "moons": 0.5,
+        "eight-gaussians": 0.5,
+    }
+    assert rewards.mean() == pytest.approx(expected[name], abs=0.03)
+    fresh = toy.sample_points(name, 4000, np.random.default_rng(1))
+    assert toy.is_off_data(fresh, points).mean() < 0.03
+    assert toy.is_off_data(np.full((10, 2), 4.0), points).all()
+
+
+def test_off_data_is_farther_than_the_datas_99th_percentile():
+    line = np.stack([np.arange(1000.0), np.zeros(1000)], 1)
+    line[:5, 1] = [100, 200, 300, 400, 500]  # a few outliers do not move the limit, which is 1
+    samples = np.array([[500.5, 0], [500, 0.9], [500, 1.1], [-3, 0], [0, 101]])
+    found = toy.is_off_data(samples, line)
+    assert found.tolist() == [False, False, True, True, False]
+
+
+def test_cloning_has_no_guidance():
+    torch.manual_seed(0)
+    nets = toy.make_networks(0)
+    actions = torch.rand(16, 2) - 0.5
+    ones = torch.ones(16)
+    none = torch.zeros(16, 0)
+    batch = common.Batch(none, actions, ones, 0 * ones, none, ones[:, None])
+    draws = toy.scale_noise(qflow.draw(actions, None))
+    assert draws.policy_x0.std() < 0.4 and draws.policy_t.max() > 0.6
+    args = qflow.Args(**toy.SETTINGS, lam=float("inf"))
+    loss, _ = toy.cloning_loss(nets, batch, draws, args)
+    found = velocity_gradient(loss, nets)
+    flow_loss, _ = fql.flow_loss(nets, batch, draws.policy_x0, draws.policy_t)
+    expected = velocity_gradient(flow_loss, nets)
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+def test_the_toy_trains_draws_and_skips_what_is_there(tmp_path, monkeypatch):
+    small = dict(hidden=(8, 8), flow_steps=2, batch_size=16)
+    monkeypatch.setattr(toy, "SETTINGS", small)
+    monkeypatch.setattr(toy, "NUM_POINTS", 200)
+    monkeypatch.setattr(toy, "NUM_SAMPLES", 200)
+    few = dict(imitation_updates=20, cloning_updates=20, guided_updates=20, out=tmp_path)
+    toy.train(datasets=("moons",), seeds=(0, 1), **few)
+    files = sorted(tmp_path.glob("runs/*/*"))
+    assert len(files) == 2 * (2 + 9)
+    times = [path.stat().st_mtime_ns for path in files]
+    toy.train(datasets=("moons",), seeds=(0, 1), **few)
+    assert [path.stat().st_mtime_ns for path in files] == times
+
+    problem = toy.make_problem("moons", 0)
+    run = np.load(tmp_path / "runs/moons-seed0/Q-Flow-1.npz")
+    assert np.allclose(run["paths"][0], 4 * problem.noise[:150], rtol=0, atol=1e-5)
+    assert np.allclose(run["paths"][-1], run["samples"][:150], rtol=0, atol=1e-5)
+    assert run["rewards"][-1] == toy.reward("moons", run["samples"]).mean()
+
+    toy.draw(tmp_path)
+    with open(tmp_path / "table.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 + 9
+    (row,) = (r for r in rows if (r["policy"], r["strength"]) == ("FQL", "0.3"))
+    values = []
+    for seed in (0, 1):
+        samples = np.load(tmp_path / f"runs/moons-seed{seed}/FQL-0.3.npz")["samples"]
+        values.append(toy.reward("moons", samples).mean())
+    assert float(row["reward"]) == pytest.approx(np.mean(values), abs=1e-4)
+    assert float(row["reward_std"]) == pytest.approx(np.std(values, ddof=1), abs=1e-4)
+    assert (tmp_path / "moons.png").exists() and (tmp_path / "training.png").exists()
+
+
+# ---------------------------------------------------------------------------------------- the costs
+
+
+def test_the_methods_take_turns():
+    calls = []
+    updates = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    times = flow_steps.paired_milliseconds(updates, 4, torch.device("cpu"))
+    assert calls == list("abc") * 7  # three rounds do not count
+    assert {name: len(values) for name, values in times.items()} == dict(a=4, b=4, c=4)
+
+
+def test_peak_memory_holds_what_backpropagation_keeps():
+    flags = "memory --method BPTT --width 64 --k 50".split()
+    command = [sys.executable, ROOT / "results/flow_steps.py", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    kept = 50 * 4 * 2 * 256 * 64 * 4 / 1e6  # MB: input and output of GELU, per layer and step
+    assert kept < float(result.stdout) < 20 * kept
