@@ -4,8 +4,9 @@
     python results/flow_sac_gradients.py measure
 
 `train` makes a run of flow_sac.py on HalfCheetah-v5 with K = 4 under one condition, in
-RUNS/CONDITION/POLICY. `measure` takes the weights of all nine, computes the gradient with other K
-on the same observations, and writes gradients.csv and gradients.png. The conditions:
+runs/gradients/CONDITION/POLICY. `measure` takes the weights of those that are there, computes the
+gradient with other K on the same observations, and writes gradients.csv and gradients.png. The
+conditions:
 
     drift      flow_sac.py as it is: a drift, noise sigma sqrt(dt), sigma at most 1
     no-drift   the same without the drift
@@ -31,7 +32,7 @@ import common  # noqa: E402
 import flow_sac  # noqa: E402
 
 CONDITIONS = ("drift", "no-drift", "authors")
-POLICIES = ("flow-t", "flow-g", "naive")
+COLORS = {"flow-t": "tab:blue", "flow-g": "tab:orange", "naive": "tab:green"}  # of the policies
 RUNS = Path("runs/gradients")
 
 
@@ -138,7 +139,7 @@ def gradient_norm(folder, k, obs, num_batches=8):
     return np.mean(norms)
 
 
-def measure(steps: tuple[int, ...] = (1, 2, 4, 8, 16), out: Path = Path("results/gradients")):
+def measure(steps: tuple[int, ...] = (1, 2, 4, 8, 16), out: Path = Path("results/flow-sac-gradients")):
     """steps: the values of K. out: folder of table and picture."""
     obs = observations(2048)
     out.mkdir(parents=True, exist_ok=True)
@@ -147,7 +148,9 @@ def measure(steps: tuple[int, ...] = (1, 2, 4, 8, 16), out: Path = Path("results
     table = []
     for column, condition in enumerate(CONDITIONS):
         impose(condition)
-        for policy in POLICIES:
+        for policy in COLORS:
+            if not (RUNS / condition / policy).exists():
+                continue
             (folder,) = (RUNS / condition / policy).iterdir()
             norms = [gradient_norm(folder, k, obs) for k in steps]
             with open(folder / "train.csv") as file:
@@ -157,9 +160,10 @@ def measure(steps: tuple[int, ...] = (1, 2, 4, 8, 16), out: Path = Path("results
                 final_return = float(list(csv.DictReader(file))[-1]["return"])
             late = np.mean(trained[-len(trained) // 3 :])  # the last third of the training
             table.append([condition, policy, final_return, late, *norms])
-            axes[0, column].plot(steps, norms, "o-", label=policy)
+            style = dict(color=COLORS[policy], label=policy)
+            axes[0, column].plot(steps, norms, "o-", **style)
             thousands = [int(row["step"]) / 1000 for row in rows]
-            axes[1, column].plot(thousands, trained, linewidth=1, label=policy)
+            axes[1, column].plot(thousands, trained, linewidth=1, **style)
         axes[0, column].set(title=condition, xlabel="K")
         axes[0, column].set_xscale("log", base=2)
         axes[1, column].set_xlabel("thousand steps of training with K = 4")
