@@ -191,11 +191,8 @@ def test_best_of_n_evaluates_three_policies_of_a_run(tmp_path, capsys):
     with open(tmp_path / "best.csv") as file:
         rows = list(csv.DictReader(file))
     names = [row["policy"] for row in rows]
-    assert names == [
-        *2 * ["one-step policy"],
-        *2 * ["flow"],
-        *2 * ["best of 4 of the flow"],
-    ]
+    assert names[::2] == ["one-step policy", "flow", "best of 4 of the flow"]
+    assert names[1::2] == names[::2]
     assert printed.count("success ") == 3
     assert any(float(row["success"]) for row in rows[:2])  # this policy reaches nearly every goal
 
