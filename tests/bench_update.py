@@ -1,6 +1,7 @@
 """Times a method's update beside its bare matrix products; prints one line of JSON.
 
     python tests/bench_update.py --method qflow --hidden 512 512 512 512 --device cpu --threads 1
+    python tests/bench_update.py --method qflow --num-critics 10
     python tests/bench_update.py --method flow_sac
 
 Sizes are those of antmaze-giant (29 observations, 8 actions), SAC Flow's of HalfCheetah (17, 6),
@@ -38,6 +39,8 @@ class Args:
     """transitions per update; default: the script's"""
     flow_steps: int = 0
     """Euler steps from noise to action; default: the script's"""
+    num_critics: int = 2
+    """size of the critics' ensemble, of qflow and fql"""
     policy: Literal["flow-t", "flow-g", "naive"] = "flow-g"
     """velocity network of SAC Flow"""
     device: str = "cpu"
@@ -152,6 +155,8 @@ def main():
         make_update = online_update
         settings = replace(settings, policy=args.policy)
         per_call = settings.policy_frequency
+    else:
+        settings = replace(settings, num_critics=args.num_critics)
     update, generator = make_update(method, settings, device, args.compile)
     captures = args.compile and device.type == "cuda"
     if captures:
