@@ -5,11 +5,13 @@ import json
 import math
 import os
 import re
+import runpy
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -229,6 +231,55 @@ def test_scene_on_data_collected_with_the_oracles(tmp_path, monkeypatch, capsys)
     assert "1000 transitions, 1 episodes" in printed and "not the official file" in printed
 
 
+def test_sparse_rewards_in_the_dataset_online_and_in_evaluations(tmp_path, monkeypatch, capsys):
+    name, _, env_id = common.resolve_task("puzzle-3x3-play-v0")
+    rng = np.random.default_rng(0)
+    with gymnasium.make(env_id) as env:
+        env.reset(seed=0)
+        solved = env.unwrapped._target_button_states
+        button_states = rng.integers(0, 2, (41, 9))
+        button_states[:, 0] = 1 - solved[0]
+        button_states[7] = solved
+        data = dict(
+            observations=rng.normal(size=(41, *env.observation_space.shape)),
+            actions=rng.uniform(-1, 1, (41, 5)),
+            terminals=np.arange(41) == 40,
+            qpos=np.zeros((41, 1)),
+            button_states=button_states,
+        )
+        _, dense_reward, *_ = env.step(np.zeros(5))
+        assert dense_reward < -1
+    common.write_dataset(tmp_path / "data.npz", "random numbers", data)
+    datasets = []
+    original = qflow.train
+
+    def train(args, dataset, *others):
+        datasets.append((dataset.rewards.clone(), dataset.masks.clone()))
+        return original(args, dataset, *others)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(qflow, "train", train)
+    flags = "--env puzzle-3x3-play-v0 --dataset data.npz --q-agg mean --num-critics 3 --rho 0.5"
+    flags += " --hidden 8 8 --offline-steps 2 --online-steps 3 --eval-episodes 1 --horizon 5"
+    start_here(monkeypatch, qflow, *flags.split(), "--sparse")
+    ((rewards, masks),) = datasets
+    assert rewards[7] == 0 and masks[7] == 0
+    assert rewards.sum() == -40 and rewards.min() == -1 and masks.sum() == 40
+    (folder,) = (tmp_path / "runs").iterdir()
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    assert state["collected"]["rewards"][:3].tolist() == [-1, -1, -1]
+    for row in read_rows(folder / "eval.csv"):
+        assert row["success"] == "0.0" and row["return"] == "-500.0" and row["length"] == "500.0"
+
+    capsys.readouterr()
+    start_here(monkeypatch, qflow, "--evaluate", folder)  # as it was trained
+    assert "\nreturn -500 (" in "\n" + capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["export_online.py", str(folder), "online.npz"])
+    runpy.run_path(str(ROOT / "results/export_online.py"), run_name="__main__")
+    _, source = common.load_dataset(tmp_path / "online.npz", env_id, "cpu")
+    assert source == f"collected online in {name}, sparse rewards, seed 0; not the official file"
+
+
 # ------------------------------------------------------------------------------------- tracking
 
 SMALL = "--hidden 8 8 --offline-steps 4 --eval-interval 2 --log-interval 1 --eval-episodes 1"
@@ -314,10 +365,14 @@ def test_tracking_without_a_login_is_one_line(dataset_file, tmp_path, monkeypatc
 # ------------------------------------------------------------------------------------ benchmark
 
 
-def test_bench_prints_one_line_of_json(tmp_path):
+@pytest.mark.parametrize("num_critics", [2, 5])
+def test_bench_prints_one_line_of_json(num_critics, tmp_path):
     flags = "--hidden 32 32 32 32 --batch-size 64 --flow-steps 4 --seconds 0.2".split()
+    if num_critics != 2:  # the default
+        flags += ["--num-critics", num_critics]
     result = start(tmp_path, "tests/bench_update.py", *flags)
     line = json.loads(result.stdout)
+    assert line["num_critics"] == num_critics
     assert line["updates_per_s"] > 0 and line["ms_p10"] <= line["ms_median"] <= line["ms_p90"]
     assert line["floor_ratio"] == pytest.approx(line["ms_median"] / line["floor_ms"], rel=1e-2)
     assert line["peak_memory_mb"] > 50
@@ -330,12 +385,12 @@ def test_bench_prints_one_line_of_json(tmp_path):
     critic, critic_first = products(29 + 8, 1)
     value, value_first = products(29 + 8 + 64, 1)
     rollouts = 2 * 4 * velocity
-    targets = 2 * 2 * critic
-    guidance = 2 * 2 * value
+    targets = 2 * num_critics * critic
+    guidance = 2 * num_critics * value
     # Backward: once more for the weights, and for the inputs of all layers but the first.
     learning = 3 * velocity - velocity_first
-    learning += 2 * (3 * critic - critic_first)  # ensembles of two
-    learning += 2 * (3 * value - value_first)
+    learning += num_critics * (3 * critic - critic_first)
+    learning += num_critics * (3 * value - value_first)
     multiply_adds = 64 * (rollouts + targets + guidance + learning)
     assert line["gflop"] == pytest.approx(2e-9 * multiply_adds, rel=0.01)
 
