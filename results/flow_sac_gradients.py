@@ -139,7 +139,9 @@ def gradient_norm(folder, k, obs, num_batches=8):
     return np.mean(norms)
 
 
-def measure(steps: tuple[int, ...] = (1, 2, 4, 8, 16), out: Path = Path("results/flow-sac-gradients")):
+def measure(
+    steps: tuple[int, ...] = (1, 2, 4, 8, 16), out: Path = Path("results/flow-sac-gradients")
+):
     """steps: the values of K. out: folder of table and picture."""
     obs = observations(2048)
     out.mkdir(parents=True, exist_ok=True)
