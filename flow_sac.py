@@ -17,8 +17,8 @@ the distribution of every x_i, and the log-density of the whole path replaces lo
 The drift is exact for the v of flow matching; for a v that SAC trains it is a heuristic.
 
 With an OGBench dataset, training begins offline. Each offline step makes two updates on one batch:
-TD and flow matching, then TD and the policy's loss. That has a behaviour term in both phases, beta
-(a - a_data)^2.
+TD and flow matching, then TD and the policy's loss. Each online step makes the second kind only. In
+both phases the policy's loss has a behaviour term, beta (a - a_data)^2.
 
 Zhang et al.: SAC Flow, ICLR 2026, https://arxiv.org/abs/2509.25756
 Critics without target networks: Bhatt et al., CrossQ, ICLR 2024, https://arxiv.org/abs/1902.05605
@@ -78,7 +78,7 @@ class Args:
     online_steps: int = 1_000_000
     """number of steps in the environment after that"""
     learning_starts: int = 50_000
-    """online steps without an update, uniform actions if there is no dataset; then one each"""
+    """online steps before updates begin, one a step; without a dataset, their actions are uniform"""
     batch_size: int = 512
     """transitions (or chunks) per update"""
     policy: Literal["flow-t", "flow-g", "naive"] = "flow-t"
