@@ -78,7 +78,7 @@ class Args:
     online_steps: int = 1_000_000
     """number of steps in the environment after that"""
     learning_starts: int = 50_000
-    """online steps before updates begin, one a step; without a dataset, their actions are uniform"""
+    """online steps before updates begin, one a step; without a dataset, with uniform actions"""
     batch_size: int = 512
     """transitions (or chunks) per update"""
     policy: Literal["flow-t", "flow-g", "naive"] = "flow-t"
