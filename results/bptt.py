@@ -45,7 +45,7 @@ class Networks(nn.Module):
         super().__init__()
         self.sizes = (obs_dim, action_dim)
         self.flow_steps = args.flow_steps
-        self.critic = fql.Critic(obs_dim, action_dim, args.hidden)
+        self.critic = fql.Critic(obs_dim, action_dim, args.hidden, args.num_critics)
         self.velocity = fql.Velocity(obs_dim, action_dim, args.hidden)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 

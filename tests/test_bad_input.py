@@ -136,7 +136,7 @@ VALUES = {  # flag -> (values that are mistakes, values that are none)
     "policy_lr": RATE,
     "q_lr": RATE,
     "policy": (CHOICE, ["flow-t", "flow-g", "naive"]),
-    "policy_width": ([*NUMBER, -1, 1.5, 10**30], [0, 1]),
+    "policy_width": ([*NUMBER, -1, 1.5, 3, 10**30], [0, 4]),
     "policy_frequency": COUNT,
     "critic": (CHOICE, ["crossq", "sac"]),
     "discount": FRACTION,
