@@ -364,7 +364,7 @@ def targets(nets, batch, x0, xt, t, args):
 def guidance(value, obs, xt, t):
     """grad_x V(s, x_t, t), without a graph of its own: (B, A).
 
-    V is the mean of the ensemble, also where q_agg is min and each sample trains the smaller head
+    V is the mean of the ensemble, also where q_agg is min and each sample trains the smallest head
     only, as in the authors' code.
     """
 
@@ -388,7 +388,7 @@ def critic_loss(nets, batch, target):
 def value_loss(nets, batch, xt, t, target, args):
     """Flow consistency: a point on the flow has the value of its end, the target (B,).
 
-    With q_agg min each sample trains the smaller head only, while `guidance` uses their mean.
+    With q_agg min each sample trains the smallest head only, while `guidance` uses their mean.
     """
     v = aggregate(nets.value(batch.observations, xt, t), args.q_agg)
     loss = (batch.valid[:, -1] * (v - target) ** 2).mean()
