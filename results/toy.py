@@ -441,7 +441,7 @@ def draw(out: Path = OUT):
         for row in rows:
             rounded = {}
             for column, value in row.items():
-                rounded[column] = f"{value:.4g}" if isinstance(value, float) else value
+                rounded[column] = f"{value:.4f}" if isinstance(value, float) else value
             writer.writerow(rounded)
     print((out / "table.csv").read_text())
 
