@@ -381,7 +381,7 @@ def draw_dataset(name, folder, rows, path):
             axes.set_title(f"{method}, s = {strength:g}")
             if file.exists():
                 samples = np.load(file)["samples"]
-                show_samples(axes, samples, points, found[method, strength])
+                show_samples(axes, samples, points, found[method, f"{strength:g}"])
     strength = STRENGTHS[-1]
     file = folder / f"Q-Flow-{strength:g}.npz"
     if file.exists():
@@ -398,12 +398,11 @@ def draw_training(out):
     for axes, name in zip(figure.subplots(1, len(DATASETS)), DATASETS):
         for method, color in colors.items():
             for strength, style in styles.items():
-                label = f"{method}, s = {strength:g}"
+                axes.plot([], [], style, color=color, label=f"{method}, s = {strength:g}")
                 for file in sorted((out / "runs").glob(f"{name}-seed*/{method}-{strength:g}.npz")):
                     rewards = np.load(file)["rewards"]
                     progress = np.linspace(0, 1, len(rewards))
-                    axes.plot(progress, rewards, style, color=color, linewidth=1, label=label)
-                    label = None  # once for all seeds
+                    axes.plot(progress, rewards, style, color=color, linewidth=1)
         axes.set(title=name, xlabel="share of the guided updates")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("mean reward")
@@ -428,7 +427,7 @@ def draw(out: Path = OUT):
             for strength in STRENGTHS:
                 file = f"{method}-{strength:g}.npz"
                 if list((out / "runs").glob(f"{name}-seed*/{file}")):
-                    policies.append((method, strength, file, "samples"))
+                    policies.append((method, f"{strength:g}", file, "samples"))
         own_rows = [summarise(name, folders, *policy) for policy in policies]
         draw_dataset(name, folders[0], own_rows, out / f"{name}.png")
         rows += own_rows
