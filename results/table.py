@@ -33,17 +33,28 @@ IGNORED = (
 COLUMNS = "environment task method settings steps seeds score low high".split()
 
 
-def find_script(args):
-    """The method of a run, by the settings that only one script has."""
-    if "lam" in args:
-        return qflow
-    return fql if "alpha" in args else flow_sac
+# A run's script -> the module with its defaults, and the method's name.
+SCRIPTS = {
+    "qflow.py": (qflow, "Q-Flow"),
+    "fql.py": (fql, "FQL"),
+    "flow_sac.py": (flow_sac, "SAC Flow"),
+    "bptt.py": (fql, "FBRAC"),
+}
 
 
-def changed_settings(args, script):
+def find_script(config):
+    """The name of a run's script. Runs of older commits do not have it: then by the settings."""
+    if "script" in config:
+        return config["script"]
+    if "lam" in config["args"]:
+        return "qflow.py"
+    return "fql.py" if "alpha" in config["args"] else "flow_sac.py"
+
+
+def changed_settings(args, module):
     """The settings that are not the script's defaults for the environment, as one string."""
-    defaults = vars(script.Args())
-    for names, settings in script.SETTINGS.items():
+    defaults = vars(module.Args())
+    for names, settings in module.SETTINGS.items():
         if re.match(names, args["env"]):
             defaults |= settings
     changed = []
@@ -62,14 +73,18 @@ def read_run(folder):
     Raises ValueError if there is no score.
     """
     try:
-        args = json.loads((folder / "config.json").read_text())["args"]
+        config = json.loads((folder / "config.json").read_text())
         with open(folder / "eval.csv") as file:
             rows = list(csv.DictReader(file))
     except OSError as error:
         raise ValueError(error.strerror) from None
     if not rows:
         raise ValueError("not evaluated yet")
-    script = find_script(args)
+    script = find_script(config)
+    if script not in SCRIPTS:
+        raise ValueError(f"a run of {script}")
+    module, method = SCRIPTS[script]
+    args = config["args"]
     offline_steps = args.get("offline_steps", 0)
     online_steps = args.get("online_steps", 0)
     last_step = int(rows[-1]["step"])
@@ -82,15 +97,16 @@ def read_run(folder):
         name, environment, _ = common.resolve_task(environment, args["task"])
         task = name.removesuffix("-v0").partition("-singletask")[2].removeprefix("-task")
         task = task or "default"
-    method = {qflow: "Q-Flow", fql: "FQL", flow_sac: "SAC Flow"}[script]
-    if script is flow_sac:
-        method += f", {args['policy']}"
-        args = {**args, "policy": script.Args().policy}  # named already
+    settings = dict(args)
+    if script == "flow_sac.py":
+        method += f", {settings.pop('policy')}"
+    if script == "bptt.py":  # fql.py's default is that of another loss
+        method += f", alpha={settings.pop('alpha'):g}"
     phases = []
     for steps, phase in ((offline_steps, "offline"), (online_steps, "online")):
         if steps > 0:
             phases.append(f"{steps:,} {phase}")
-    key = (environment, task, method, changed_settings(args, script), " + ".join(phases))
+    key = (environment, task, method, changed_settings(settings, module), " + ".join(phases))
 
     has_success = rows[-1]["success"] != "nan"
     column = "success" if has_success else "return"

@@ -16,11 +16,15 @@ ROOT = Path(__file__).parent.parent
 NAME = "pointmaze-medium-navigate-v0"
 
 
-def write_run(folder, script, scores, **settings):
-    """A run's config.json and eval.csv; scores: success of each evaluation, or else return."""
+def write_run(folder, script, scores, name=None, **settings):
+    """A run's config.json and eval.csv; scores: success of each evaluation, or else return.
+
+    name: the script's name in config.json, if it is not the module's.
+    """
     folder.mkdir()
     args = {**vars(script.Args()), **settings}
-    (folder / "config.json").write_text(json.dumps(dict(script="", args=args)))
+    config = dict(script=name or Path(script.__file__).name, args=args)
+    (folder / "config.json").write_text(json.dumps(config))
     last_step = args["offline_steps"] + args["online_steps"]
     rows = ["step,episodes,success,return,length"]
     for number, score in enumerate(scores, start=1):
@@ -80,6 +84,35 @@ def test_methods_phases_and_returns_have_rows_of_their_own(tmp_path):
         ("SAC Flow, naive", "", "15,000 online", -150),
         ("SAC Flow, flow-t", "", "15,000 online", -150),
     }
+
+
+def test_fql_and_backpropagation_with_the_same_settings_have_rows_of_their_own(tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    settings = {**fql.SETTINGS["pointmaze"], "offline_steps": 6_000}
+    write_run(runs / "1", fql, [0.1], **settings)
+    write_run(runs / "2", fql, [0.9], name="bptt.py", **settings)
+    write_run(runs / "3", fql, [0.8], name="bptt.py", **{**settings, "alpha": 0.5})
+    rows, errors = run_table(runs, tmp_path / "table.csv")
+    assert errors == ""
+    found = [(row["method"], row["settings"], float(row["score"])) for row in rows]
+    alpha = settings["alpha"]
+    assert sorted(found) == sorted(
+        [("FQL", "", 10), (f"FBRAC, alpha={alpha:g}", "", 90), ("FBRAC, alpha=0.5", "", 80)]
+    )
+
+
+def test_the_script_of_an_older_run_is_known_by_its_settings(tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    settings = dict(offline_steps=100, env="Pendulum-v1")
+    for script in (qflow, fql, flow_sac):
+        write_run(runs / script.__name__, script, [0.5], **settings)
+    for path in runs.glob("*/config.json"):
+        args = json.loads(path.read_text())["args"]
+        path.write_text(json.dumps(dict(args=args)))
+    rows, _ = run_table(runs, tmp_path / "table.csv")
+    assert {row["method"].split(",")[0] for row in rows} == {"Q-Flow", "FQL", "SAC Flow"}
 
 
 def test_what_is_left_out_is_named(tmp_path):
