@@ -8,22 +8,26 @@ The one-step problems of Q-Flow's paper: there is no state, an action is a point
 the reward is a function of that point. `train` first clones the behaviour: the flow imitates the
 data and the critic regresses the reward; then, beside them, Q-Flow's V learns the value of this
 flow and FQL's one-step policy is distilled from it. Each method goes on from copies of these
-networks with the total_loss of its file (bptt.py for backpropagation), once for each strength.
-Nothing that is in OUT/runs is trained again. `draw` turns it into table.csv, training.png and a
-NAME.png for each dataset.
+networks with the total_loss of its file (bptt.py for backpropagation), once for each strength. One
+more copy goes on for as many updates without guidance: the behaviour that the methods are compared
+with. Nothing that is in OUT/runs is trained again. `draw` turns it into table.csv, training.png,
+paths.png and a NAME.png for each dataset.
 
 The paper's points lie in [-4, 4] and its noise is N(0, I). The methods clip actions to [-1, 1], so
 an action is a point / 4 here, noise is N(0, I) / 4, and the reward is that of 4 * action. A
-strength s is the weight of the data beside the guidance: alpha of FQL and backpropagation, lambda
-of Q-Flow. It is in the paper's units. Squared distances between actions are 16 times smaller than
-between points, so the methods get alpha = lambda = 16 s.
+strength s is the weight of the data beside the guidance, in the paper's units: alpha of FQL and
+backpropagation, lambda of Q-Flow. Here the methods get alpha = lambda = 16 s. For alpha, because
+squared distances between actions are 16 times smaller than between points. For lambda, because the
+gradient of V by the action is 4 times that by the point, and the velocity it is added to 4 times
+smaller.
 """
 
 import copy
 import csv
+import io
+import json
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
@@ -44,10 +48,9 @@ import fql  # noqa: E402
 import qflow  # noqa: E402
 
 Dataset = Literal["swiss-roll", "two-spirals", "moons", "eight-gaussians"]
-Method = Literal["BPTT", "FQL", "Q-Flow"]
 DATASETS = get_args(Dataset)
 METHODS = {"BPTT": bptt, "FQL": fql, "Q-Flow": qflow}
-STRENGTHS = (5.0, 1.0, 0.3)  # from weak to strong guidance
+STRENGTHS = {5.0: "weak guidance", 1.0: "", 0.3: "strong guidance"}
 SETTINGS = dict(hidden=(128, 128, 128, 128), flow_steps=25, batch_size=256)
 NUM_POINTS = 10_000
 NUM_SAMPLES = 2_000  # of each policy
@@ -120,11 +123,14 @@ def is_off_data(samples, points):
 
     Distances are those to the nearest point of the data. (m, 2), (n, 2) -> (m,), bool.
     """
-    tree = cKDTree(points)
-    own_distances, _ = tree.query(points, k=2)  # the nearest one is the point itself
-    limit = np.quantile(own_distances[:, 1], 0.99)
-    distances, _ = tree.query(samples)
-    return distances > limit
+    distances, _ = cKDTree(points).query(samples)
+    return distances > distance_limit(points)
+
+
+def distance_limit(points):
+    """The 99th percentile of the points' distances to their nearest neighbours, (n, 2) -> float."""
+    distances, _ = cKDTree(points).query(points, k=2)  # the nearest one is the point itself
+    return np.quantile(distances[:, 1], 0.99)
 
 
 # -------------------------------------------------------------------------------------- training
@@ -174,15 +180,16 @@ def scale_noise(draws):
     return type(draws)(*scaled)
 
 
-def fit(nets, loss, method, args, num_updates, problem, policy):
+def fit(nets, loss, draws_of, args, num_updates, problem, policy):
     """Train nets in place; returns the mean reward of `policy` at 21 times, from start to end.
 
-    loss, args: as in the `update` of the methods; method: the one with the draws that loss takes;
-    policy: the method whose policy is evaluated. The learning rate falls linearly to 0.
+    loss, args: as in the `update` of the methods; draws_of: the method whose draws the loss takes;
+    policy: the method whose policy is evaluated. The learning rate is args.lr, but in the last
+    fifth of the updates it falls to 0.
     """
     actions = torch.as_tensor(problem.points / SCALE, dtype=torch.float32)
     rewards = torch.as_tensor(reward(problem.name, problem.points), dtype=torch.float32)
-    optimizer = method.make_optimizer(nets, args)
+    optimizer = draws_of.make_optimizer(nets, args)
     generator = torch.Generator().manual_seed(problem.seed)
     no_state = torch.zeros(args.batch_size, 0)
     ones = torch.ones(args.batch_size)
@@ -202,9 +209,10 @@ def fit(nets, loss, method, args, num_updates, problem, policy):
             next_observations=no_state,
             valid=ones[:, None],
         )
-        draws = scale_noise(method.draw(batch.actions, generator))
-        optimizer.param_groups[0]["lr"] = args.lr * (1 - step / num_updates)
-        method.update(nets, optimizer, batch, draws, args, loss)
+        draws = scale_noise(draws_of.draw(batch.actions, generator))
+        remaining = 1 - step / num_updates
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, 5 * remaining)
+        draws_of.update(nets, optimizer, batch, draws, args, loss)
 
 
 @torch.no_grad()
@@ -231,14 +239,16 @@ def paths(nets, noise):
     return SCALE * torch.stack([*passed, end]).numpy()
 
 
-def clone(problem, imitation_updates, cloning_updates):
-    """The networks after behaviour cloning."""
-    nets = make_networks(problem.seed)
-    args = qflow.Args(**SETTINGS, lam=math.inf, lr=4e-3)
-    fit(nets, imitation_loss, qflow, args, imitation_updates, problem, qflow)
-    args = replace(args, lr=2e-3)
-    fit(nets, cloning_loss, qflow, args, cloning_updates, problem, fql)
-    return nets
+def imitate(nets, problem, num_updates):
+    """Train the flow and the critic in place; returns the flow's mean rewards on the way."""
+    args = qflow.Args(**SETTINGS, lr=4e-3)
+    return fit(nets, imitation_loss, qflow, args, num_updates, problem, qflow)
+
+
+def clone(nets, problem, num_updates, lr):
+    """Train all networks in place, without guidance; returns the one-step policy's rewards."""
+    args = qflow.Args(**SETTINGS, lam=math.inf, lr=lr)
+    return fit(nets, cloning_loss, qflow, args, num_updates, problem, fql)
 
 
 def guide(nets, name, strength, lr, num_updates, problem):
@@ -251,22 +261,50 @@ def guide(nets, name, strength, lr, num_updates, problem):
     return fit(nets, method.total_loss, method, args, num_updates, problem, method)
 
 
+def write_arrays(path, **arrays):
+    """An npz file."""
+    data = io.BytesIO()
+    np.savez(data, **arrays)
+    common.write_file(path, data.getvalue())
+
+
+def write_config(out, settings):
+    """config.json in `out`. Raises UserError if it is there with other settings."""
+    path = out / "config.json"
+    if path.exists():
+        found = json.loads(path.read_text())["settings"]
+        if found != settings:
+            raise common.UserError(f"{out}: was trained with {found}; use another --out")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    config = dict(settings=settings, commit=common.git_commit(), torch=torch.__version__)
+    common.write_file(path, json.dumps(config, indent=2).encode())
+
+
 def train(
     datasets: tuple[Dataset, ...] = DATASETS,
     seeds: tuple[int, ...] = (0, 1, 2),
-    methods: tuple[Method, ...] = tuple(METHODS),
-    strengths: tuple[float, ...] = STRENGTHS,
     imitation_updates: int = 10_000,
-    cloning_updates: int = 2_000,
+    cloning_updates: int = 4_000,
     guided_updates: int = 1_000,
     guided_lr: float = 1e-3,
     out: Path = OUT,
 ):
-    """datasets, seeds, methods, strengths: what to train; imitation_updates: of the flow and the
-    critic; cloning_updates: of all networks, without guidance; guided_updates: of each method;
-    guided_lr: their learning rate at the start; out: folder"""
-    if min(imitation_updates, cloning_updates, guided_updates) < 20:
-        raise common.UserError("a phase needs at least 20 updates, between the points of its curve")
+    """datasets, seeds: what to train; imitation_updates: of the flow and the critic;
+    cloning_updates: of all networks, without guidance; guided_updates: of each method; guided_lr:
+    their learning rate; out: folder"""
+    settings = dict(
+        imitation_updates=imitation_updates,
+        cloning_updates=cloning_updates,
+        guided_updates=guided_updates,
+        guided_lr=guided_lr,
+    )
+    for name, updates in settings.items():
+        if name != "guided_lr" and (updates < 20 or updates % 20):
+            raise common.UserError(
+                f"{name} is {updates}, must be a multiple of 20: its curve has 20"
+            )
+    write_config(out, settings)
     torch.set_num_threads(1)
     qflow.set_matmul_precision("auto", torch.device("cpu"))
     for name in datasets:
@@ -276,52 +314,106 @@ def train(
             folder.mkdir(parents=True, exist_ok=True)
             if not (folder / "cloned.pt").exists():
                 print(folder, "cloning")
-                nets = clone(problem, imitation_updates, cloning_updates)
-                flow = sample(qflow, nets, problem.noise)
-                one_step = sample(fql, nets, problem.noise)
-                np.savez(folder / "cloned.npz", flow=flow, one_step=one_step)
-                torch.save(nets.state_dict(), folder / "cloned.pt")
+                nets = make_networks(seed)
+                flow = imitate(nets, problem, imitation_updates)
+                one_step = clone(nets, problem, cloning_updates, 2e-3)
+                write_arrays(folder / "cloning.npz", flow=flow, one_step=one_step)
+                weights = io.BytesIO()
+                torch.save(nets.state_dict(), weights)
+                common.write_file(folder / "cloned.pt", weights.getvalue())
             cloned = make_networks(seed)
             cloned.load_state_dict(torch.load(folder / "cloned.pt"))
-            for method in methods:
-                for strength in strengths:
+
+            path = folder / "unguided.npz"
+            if not path.exists():
+                print(path)
+                nets = copy.deepcopy(cloned)
+                rewards = clone(nets, problem, guided_updates, guided_lr)
+                write_arrays(
+                    path,
+                    flow=sample(qflow, nets, problem.noise),
+                    one_step=sample(fql, nets, problem.noise),
+                    paths=paths(nets, problem.noise[:150]),
+                    rewards=rewards,
+                )
+            for method in METHODS:
+                for strength in STRENGTHS:
                     path = folder / f"{method}-{strength:g}.npz"
                     if path.exists():
                         continue
                     print(path)
                     nets = copy.deepcopy(cloned)
                     rewards = guide(nets, method, strength, guided_lr, guided_updates, problem)
-                    samples = sample(METHODS[method], nets, problem.noise)
-                    way = paths(nets, problem.noise[:150])
-                    np.savez(path, samples=samples, rewards=rewards, paths=way)
+                    arrays = dict(
+                        samples=sample(METHODS[method], nets, problem.noise), rewards=rewards
+                    )
+                    if method == "Q-Flow":
+                        arrays["paths"] = paths(nets, problem.noise[:150])
+                    write_arrays(path, **arrays)
 
 
 # --------------------------------------------------------------------------------------- results
 
 
-def summarise(name, folders, policy, strength, file, key):
-    """The row of a policy in the table: mean and standard deviation over seeds (NaN if one)."""
-    values = []
-    for folder in folders:
-        if (folder / file).exists():
-            problem = make_problem(name, seed_of(folder))
-            samples = np.load(folder / file)[key]
-            is_off = is_off_data(samples, problem.points)
-            values.append([reward(name, samples).mean(), is_off.mean()])
+class Policy(NamedTuple):
+    """A row of the table for each dataset."""
+
+    name: str
+    strength: str
+    file: str  # in a run's folder
+    key: str  # of the samples in that file
+
+
+def make_policies():
+    """All rows of the table but that of fresh points."""
+    policies = [
+        Policy("behaviour flow", "", "unguided.npz", "flow"),
+        Policy("one-step policy, not guided", "", "unguided.npz", "one_step"),
+    ]
+    for method in METHODS:
+        for strength in STRENGTHS:
+            file = f"{method}-{strength:g}.npz"
+            policies.append(Policy(method, f"{strength:g}", file, "samples"))
+    return policies
+
+
+def numbers_of(samples, problem):
+    """Mean reward, mean reward of those on the data, and the share that is off the data."""
+    rewards = reward(problem.name, samples)
+    is_off = is_off_data(samples, problem.points)
+    on_data = rewards[~is_off].mean() if not is_off.all() else np.nan
+    return rewards.mean(), on_data, is_off.mean()
+
+
+def make_row(problem, policy, strength, values):
+    """A row of the table: means and standard deviations over seeds (NaN if one) of (seeds, 3)."""
     means = np.mean(values, 0)
-    stds = np.full(2, np.nan)
+    stds = np.full(3, np.nan)
     if len(values) > 1:
         stds = np.std(values, 0, ddof=1)
-    return dict(
-        dataset=name,
-        policy=policy,
-        strength=strength,
-        seeds=len(values),
-        reward=means[0],
-        reward_std=stds[0],
-        off_data=means[1],
-        off_data_std=stds[1],
-    )
+    row = dict(dataset=problem.name, policy=policy, strength=strength, seeds=len(values))
+    for name, mean, std in zip(("reward", "reward_on_data", "off_data"), means, stds):
+        row |= {name: mean, f"{name}_std": std}
+    return row
+
+
+def summarise(name, folders):
+    """The rows of a dataset: of fresh points, and of every policy."""
+    problems = {folder: make_problem(name, seed_of(folder)) for folder in folders}
+    first = problems[folders[0]]
+    values = []
+    for problem in problems.values():
+        fresh = make_problem(name, problem.seed + 2**20).points[:NUM_SAMPLES]
+        values.append(numbers_of(fresh, problem))
+    rows = [make_row(first, "fresh points of the data", "", values)]
+    for policy in make_policies():
+        values = []
+        for folder, problem in problems.items():
+            if (folder / policy.file).exists():
+                values.append(numbers_of(np.load(folder / policy.file)[policy.key], problem))
+        if values:
+            rows.append(make_row(first, policy.name, policy.strength, values))
+    return rows
 
 
 def seed_of(folder):
@@ -329,13 +421,21 @@ def seed_of(folder):
 
 
 def describe(row):
-    """Both numbers of a row as a line under a picture."""
+    """Both numbers of a row as two lines under a picture."""
     numbers = f"reward {row['reward']:.2f}"
-    share = f"off the data {100 * row['off_data']:.1f}"
+    share = f"{100 * row['off_data']:.1f}"
     if row["seeds"] > 1:
         numbers += f" ± {row['reward_std']:.2f}"
         share += f" ± {100 * row['off_data_std']:.1f}"
-    return f"{numbers},  {share} %"
+    return f"{numbers}\noff the data {share} %"
+
+
+def make_axes(figure, num_rows, num_columns):
+    """Empty pictures of the plane, an array."""
+    pictures = figure.subplots(num_rows, num_columns, squeeze=False)
+    for axes in pictures.flat:
+        axes.set(xlim=(-4.1, 4.1), ylim=(-4.1, 4.1), aspect="equal", xticks=[], yticks=[])
+    return pictures
 
 
 def show_samples(axes, samples, points, row):
@@ -344,7 +444,7 @@ def show_samples(axes, samples, points, row):
     axes.scatter(*points.T, s=3, color="0.85", linewidths=0)
     axes.scatter(*samples[~is_off].T, s=5, color="tab:blue", linewidths=0)
     axes.scatter(*samples[is_off].T, s=5, color="tab:red", linewidths=0)
-    axes.set_xlabel(describe(row), fontsize=14)
+    axes.set_xlabel(describe(row))
 
 
 def show_paths(axes, way, points):
@@ -363,47 +463,60 @@ def draw_dataset(name, folder, rows, path):
     found = {(row["policy"], row["strength"]): row for row in rows}
     points = make_problem(name, seed_of(folder)).points
     figure = Figure(figsize=(16, 13.2), dpi=100, layout="constrained")
-    pictures = figure.subplots(3, 4)
-    for axes in pictures.flat:
-        axes.set(xlim=(-4.1, 4.1), ylim=(-4.1, 4.1), aspect="equal", xticks=[], yticks=[])
-
+    pictures = make_axes(figure, 3, 4)
     colored = pictures[0, 0].scatter(*points.T, s=3, c=reward(name, points), linewidths=0)
     figure.colorbar(colored, cax=pictures[0, 0].inset_axes([0.05, 0.05, 0.03, 0.3]))
-    pictures[0, 0].set_title("data and reward")
-    pictures[0, 0].set_xlabel(f"reward {reward(name, points).mean():.2f}", fontsize=14)
-    behaviour = found["behaviour flow", ""]
-    show_samples(pictures[1, 0], np.load(folder / "cloned.npz")["flow"], points, behaviour)
-    pictures[1, 0].set_title("behaviour flow")
+    pictures[0, 0].set(title="data and reward", xlabel=f"reward {reward(name, points).mean():.2f}")
+    places = {("behaviour flow", ""): (1, 0), ("one-step policy, not guided", ""): (2, 0)}
     for i, method in enumerate(METHODS):
         for j, strength in enumerate(STRENGTHS):
-            axes = pictures[i, j + 1]
-            file = folder / f"{method}-{strength:g}.npz"
-            axes.set_title(f"{method}, s = {strength:g}")
-            if file.exists():
-                samples = np.load(file)["samples"]
-                show_samples(axes, samples, points, found[method, f"{strength:g}"])
-    strength = STRENGTHS[-1]
-    file = folder / f"Q-Flow-{strength:g}.npz"
-    if file.exists():
-        show_paths(pictures[2, 0], np.load(file)["paths"], points)
-    pictures[2, 0].set_title(f"Q-Flow, s = {strength:g}: noise to action")
+            places[method, f"{strength:g}"] = (i, j + 1)
+    for policy in make_policies():
+        axes = pictures[places[policy.name, policy.strength]]
+        title = policy.name
+        if policy.strength:
+            title = f"{policy.name}, s = {policy.strength}"
+        axes.set_title(title)
+        if (folder / policy.file).exists():
+            samples = np.load(folder / policy.file)[policy.key]
+            show_samples(axes, samples, points, found[policy.name, policy.strength])
+    for j, words in enumerate(STRENGTHS.values()):
+        if words:
+            pictures[0, j + 1].set_title(f"{pictures[0, j + 1].get_title()} ({words})")
+    figure.savefig(path)
+
+
+def draw_paths(name, folder, path):
+    """From noise to action: the behaviour flow, and Q-Flow with each strength."""
+    points = make_problem(name, seed_of(folder)).points
+    figure = Figure(figsize=(16, 4.4), dpi=100, layout="constrained")
+    files = {"behaviour flow": "unguided.npz"}
+    for strength in STRENGTHS:
+        files[f"Q-Flow, s = {strength:g}"] = f"Q-Flow-{strength:g}.npz"
+    for axes, (title, file) in zip(make_axes(figure, 1, len(files)).flat, files.items()):
+        axes.set_title(title)
+        if (folder / file).exists():
+            show_paths(axes, np.load(folder / file)["paths"], points)
     figure.savefig(path)
 
 
 def draw_training(out):
-    """Mean reward during the guided phase, of every seed."""
+    """Mean reward during the last phase, of every seed."""
     figure = Figure(figsize=(16, 4.5), dpi=100, layout="constrained")
     colors = {"BPTT": "tab:red", "FQL": "tab:green", "Q-Flow": "tab:blue"}
     styles = dict(zip(STRENGTHS, (":", "--", "-")))
+    curves = {"one-step policy, not guided": ("unguided.npz", ":", "0.5")}
+    for method, color in colors.items():
+        for strength, style in styles.items():
+            curves[f"{method}, s = {strength:g}"] = (f"{method}-{strength:g}.npz", style, color)
     for axes, name in zip(figure.subplots(1, len(DATASETS)), DATASETS):
-        for method, color in colors.items():
-            for strength, style in styles.items():
-                axes.plot([], [], style, color=color, label=f"{method}, s = {strength:g}")
-                for file in sorted((out / "runs").glob(f"{name}-seed*/{method}-{strength:g}.npz")):
-                    rewards = np.load(file)["rewards"]
-                    progress = np.linspace(0, 1, len(rewards))
-                    axes.plot(progress, rewards, style, color=color, linewidth=1)
-        axes.set(title=name, xlabel="share of the guided updates")
+        for label, (file, style, color) in curves.items():
+            axes.plot([], [], style, color=color, label=label)
+            for path in sorted((out / "runs").glob(f"{name}-seed*/{file}")):
+                rewards = np.load(path)["rewards"]
+                progress = np.linspace(0, 1, len(rewards))
+                axes.plot(progress, rewards, style, color=color, linewidth=1)
+        axes.set(title=name, xlabel="share of the updates")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("mean reward")
     figure.axes[0].legend(fontsize=9)
@@ -415,21 +528,16 @@ def draw(out: Path = OUT):
     matplotlib.rc("font", size=15)
     rows = []
     for name in DATASETS:
-        cloned = (out / "runs").glob(f"{name}-seed*/cloned.pt")
-        folders = sorted((path.parent for path in cloned), key=seed_of)
+        done = (out / "runs").glob(f"{name}-seed*/unguided.npz")
+        folders = sorted((path.parent for path in done), key=seed_of)
         if not folders:
             continue
-        policies = [
-            ("behaviour flow", "", "cloned.npz", "flow"),
-            ("one-step policy, not guided", "", "cloned.npz", "one_step"),
-        ]
-        for method in METHODS:
-            for strength in STRENGTHS:
-                file = f"{method}-{strength:g}.npz"
-                if list((out / "runs").glob(f"{name}-seed*/{file}")):
-                    policies.append((method, f"{strength:g}", file, "samples"))
-        own_rows = [summarise(name, folders, *policy) for policy in policies]
+        own_rows = summarise(name, folders)
+        limit = distance_limit(make_problem(name, seed_of(folders[0])).points)
+        print(f"{name}: off the data is farther than {limit:.3f} from it")
         draw_dataset(name, folders[0], own_rows, out / f"{name}.png")
+        if name == "swiss-roll":
+            draw_paths(name, folders[0], out / "paths.png")
         rows += own_rows
     if not rows:
         raise common.UserError(f"{out / 'runs'}: nothing is trained yet")

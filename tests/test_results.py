@@ -250,21 +250,63 @@ def test_off_data_is_farther_than_the_datas_99th_percentile():
     assert found.tolist() == [False, False, True, True, False]
 
 
-def test_cloning_has_no_guidance():
+def toy_batch():
+    """A random batch of a bandit, and draws in units of actions."""
     torch.manual_seed(0)
-    nets = toy.make_networks(0)
     actions = torch.rand(16, 2) - 0.5
     ones = torch.ones(16)
     none = torch.zeros(16, 0)
     batch = common.Batch(none, actions, ones, 0 * ones, none, ones[:, None])
-    draws = toy.scale_noise(qflow.draw(actions, None))
+    return batch, toy.scale_noise(qflow.draw(actions, None))
+
+
+@pytest.fixture
+def calls_of_fit(monkeypatch):
+    """What toy.fit would have been called with, in place of training."""
+    calls = []
+    monkeypatch.setattr(toy, "fit", lambda *args: calls.append(args))
+    return calls
+
+
+def test_cloning_has_no_guidance(calls_of_fit):
+    toy.clone(None, None, 20, 1e-3)
+    ((_, loss, draws_of, args, _, _, policy),) = calls_of_fit
+    assert draws_of is qflow and policy is fql
+    nets = toy.make_networks(0)
+    batch, draws = toy_batch()
     assert draws.policy_x0.std() < 0.4 and draws.policy_t.max() > 0.6
-    args = qflow.Args(**toy.SETTINGS, lam=float("inf"))
-    loss, _ = toy.cloning_loss(nets, batch, draws, args)
-    found = velocity_gradient(loss, nets)
+    total, _ = loss(nets, batch, draws, args)
+    found = velocity_gradient(total, nets)
     flow_loss, _ = fql.flow_loss(nets, batch, draws.policy_x0, draws.policy_t)
     expected = velocity_gradient(flow_loss, nets)
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("strength", [5.0, 0.3])
+def test_the_strength_weighs_the_data_in_the_papers_units(calls_of_fit, strength):
+    """Points are 4 times as long as actions; distances and velocities are then 4 times as large."""
+    for name in toy.METHODS:
+        toy.guide(None, name, strength, 1e-3, 20, None)
+    nets = toy.make_networks(0)
+    batch, q_draws = toy_batch()
+    of_bptt, of_fql, of_qflow = calls_of_fit
+    for (_, loss, draws_of, _, _, _, policy), method in zip(calls_of_fit, toy.METHODS.values()):
+        assert loss is method.total_loss and policy is method and draws_of is method
+
+    # Q-Flow: the target is x1 - x0 + grad V / s, all in the paper's units.
+    args = of_qflow[3]
+    obs, x, t = batch.observations, q_draws.policy_x0, q_draws.policy_t
+    points = (4 * x).requires_grad_()
+    (slope,) = torch.autograd.grad(nets.value(obs, points / 4, t).mean(0).sum(), points)
+    in_actions = qflow.guidance(nets.value, obs, x, t) / args.lam
+    assert torch.allclose(4 * in_actions, slope / strength, rtol=1e-4, atol=1e-6)
+
+    # FQL: s / 2 |difference|^2 - Q. Backpropagation: s / 2 |v - (x1 - x0)|^2 - Q.
+    differences = torch.rand(16, 2)
+    in_points = strength / 2 * (4 * differences).square().sum(1).mean()
+    for call in (of_fql, of_bptt):
+        weighted = call[3].alpha * differences.square().mean()
+        assert torch.allclose(weighted, in_points, rtol=1e-5)
 
 
 def test_the_toy_trains_draws_and_skips_what_is_there(tmp_path, monkeypatch):
@@ -273,31 +315,38 @@ def test_the_toy_trains_draws_and_skips_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(toy, "NUM_POINTS", 200)
     monkeypatch.setattr(toy, "NUM_SAMPLES", 200)
     few = dict(imitation_updates=20, cloning_updates=20, guided_updates=20, out=tmp_path)
-    toy.train(datasets=("moons",), seeds=(0, 1), **few)
+    toy.train(datasets=("swiss-roll",), seeds=(0, 1), **few)
     files = sorted(tmp_path.glob("runs/*/*"))
-    assert len(files) == 2 * (2 + 9)
+    assert len(files) == 2 * (3 + 9)
     times = [path.stat().st_mtime_ns for path in files]
-    toy.train(datasets=("moons",), seeds=(0, 1), **few)
+    toy.train(datasets=("swiss-roll",), seeds=(0, 1), **few)
     assert [path.stat().st_mtime_ns for path in files] == times
+    with pytest.raises(common.UserError, match="use another --out"):
+        toy.train(datasets=("swiss-roll",), seeds=(2,), **few | dict(guided_updates=40))
+    with pytest.raises(common.UserError, match="multiple of 20"):
+        toy.train(**few | dict(guided_updates=30))
 
-    problem = toy.make_problem("moons", 0)
-    run = np.load(tmp_path / "runs/moons-seed0/Q-Flow-1.npz")
+    problem = toy.make_problem("swiss-roll", 0)
+    run = np.load(tmp_path / "runs/swiss-roll-seed0/Q-Flow-1.npz")
     assert np.allclose(run["paths"][0], 4 * problem.noise[:150], rtol=0, atol=1e-5)
     assert np.allclose(run["paths"][-1], run["samples"][:150], rtol=0, atol=1e-5)
-    assert run["rewards"][-1] == toy.reward("moons", run["samples"]).mean()
+    assert run["rewards"][-1] == toy.reward("swiss-roll", run["samples"]).mean()
+    assert len(run["rewards"]) == 21
 
     toy.draw(tmp_path)
     with open(tmp_path / "table.csv") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 + 9
+    assert len(rows) == 3 + 9
     (row,) = (r for r in rows if (r["policy"], r["strength"]) == ("FQL", "0.3"))
     values = []
     for seed in (0, 1):
-        samples = np.load(tmp_path / f"runs/moons-seed{seed}/FQL-0.3.npz")["samples"]
-        values.append(toy.reward("moons", samples).mean())
+        samples = np.load(tmp_path / f"runs/swiss-roll-seed{seed}/FQL-0.3.npz")["samples"]
+        values.append(toy.reward("swiss-roll", samples).mean())
     assert float(row["reward"]) == pytest.approx(np.mean(values), abs=1e-4)
     assert float(row["reward_std"]) == pytest.approx(np.std(values, ddof=1), abs=1e-4)
-    assert (tmp_path / "moons.png").exists() and (tmp_path / "training.png").exists()
+    assert rows[0]["policy"] == "fresh points of the data" and float(rows[0]["off_data"]) < 0.1
+    for name in ("swiss-roll", "paths", "training"):
+        assert (tmp_path / f"{name}.png").exists()
 
 
 # ---------------------------------------------------------------------------------------- the costs
