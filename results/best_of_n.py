@@ -1,12 +1,14 @@
 """Is it Q or the policy? What an FQL run's behaviour flow does alone, and with its learned Q.
 
-    python results/best_of_n.py RUN --out results/antmaze-large/fql-seed0/best_of_n.csv
+    python results/best_of_n.py RUN --n 4 16 64 --out results/antmaze-large/fql-seed0/best_of_n.csv
 
-Evaluates three policies made of one checkpoint of fql.py, without any training, on the same
-episodes: the one-step policy, which the run itself evaluates; the behaviour flow; and, of N actions
-of the flow, the one with the largest Q (the mean of the critics). Prints means with 95 % intervals.
-If the third is far better than the second, Q ranks actions well. If it is also better than the
-first, the one-step policy does not find what Q knows.
+Evaluates policies made of one checkpoint of fql.py, without any training, on the same episodes: the
+one-step policy, which the run itself evaluates; the behaviour flow; and, of N actions of the flow,
+the one with the largest Q (the mean of the critics). Prints means with 95 % intervals.
+
+If the best of N is far better than the flow, Q ranks actions well. If it is also better than the
+one-step policy, that policy does not find what Q knows. A poor best of N decides nothing: Q may be
+wrong, or the correct Q of a poor policy, or there is no good action among the N.
 """
 
 import csv
@@ -41,34 +43,37 @@ def best_of_flow(nets, obs, n, args, generator=None):
 
 def main(
     run: tyro.conf.Positional[Path],
-    n: int = 16,
+    n: tuple[int, ...] = (16,),
     episodes: int = 200,
     seed: int = 0,
     device: str = "auto",
     out: Path | None = None,
 ):
-    """run: folder of a run of fql.py; n: actions to choose from; episodes: of each policy; seed: of
-    episodes and noise; device: auto, cpu, cuda or cuda:N; out: a CSV file with every episode"""
+    """run: folder of a run of fql.py; n: numbers of actions to choose from, a policy for each;
+    episodes: of each policy; seed: of episodes and noise; device: auto, cpu, cuda or cuda:N; out: a
+    CSV file with every episode"""
+    for number in n:
+        if number < 1:
+            raise common.UserError(f"--n {number}: must be at least 1")
     device = fql.choose_device(device)
-    nets, args = fql.load(run, device)
+    args = fql.saved_args(common.read_checkpoint(run, "fql.py"))
     *_, env_id = common.resolve_task(args.env, args.task)
-    generator = torch.Generator(device)
-
-    def one_step(obs):
-        return fql.act(nets, obs, args, generator)
-
-    def flow(obs, n):
-        return best_of_flow(nets, obs, n, args, generator)
-
-    policies = {
-        "one-step policy": one_step,
-        "flow": partial(flow, n=1),
-        f"best of {n} of the flow": partial(flow, n=n),
-    }
     rows = []
     make_env = partial(gymnasium.make, env_id)
-    with closing(fql.make_envs(make_env, min(episodes, 25))) as envs:
+    with closing(fql.make_envs(make_env, min(episodes, 25))) as envs:  # before CUDA: they fork
         fql.set_matmul_precision("auto", device)
+        nets, _ = fql.load(run, device)
+        generator = torch.Generator(device)
+
+        def one_step(obs):
+            return fql.act(nets, obs, args, generator)
+
+        def flow(obs, n):
+            return best_of_flow(nets, obs, n, args, generator)
+
+        policies = {"one-step policy": one_step, "flow": partial(flow, n=1)}
+        for number in n:
+            policies[f"best of {number} of the flow"] = partial(flow, n=number)
         for name, policy in policies.items():
             generator.manual_seed(seed)
             results = fql.evaluate(policy, envs, episodes, seed)

@@ -5,12 +5,20 @@
 
 Sizes of antmaze-giant (29 observations, 8 actions), batch 256, networks of 4 x 512 and 4 x 256. The
 times are paired: for each K the three methods take turns within one process, so that a slow minute
-hits all of them. Peak memory is measured in a process of its own for each method and K: on a CPU,
-by how much its largest resident size exceeds that after the imports; on CUDA, what torch allocated.
-The update is that of tests/bench_update.py. Writes DEVICE.csv and DEVICE.png.
+hits all of them. The update is that of tests/bench_update.py, not compiled.
+
+Peak memory is measured in a process of its own for each method and K, which first makes one tiny
+update: what libraries allocate at their first use does not count. Then it makes networks, optimizer
+and batch and a few updates. Peak memory is by how much the peak from there on exceeds what was held
+after the tiny update: on a CPU the resident size of the process, on CUDA what torch has allocated.
+
+Writes DEVICE.csv, after each row, and DEVICE.json (machine, threads, versions) and DEVICE.png.
 """
 
 import csv
+import io
+import json
+import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +36,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "results"), str(ROOT / "tests")]
 import bench_update  # noqa: E402
 import bptt  # noqa: E402
 
+import common  # noqa: E402
 import fql  # noqa: E402
 import qflow  # noqa: E402
 
@@ -64,15 +73,12 @@ def paired_milliseconds(updates, rounds, device):
     return times
 
 
-def peak_resident():
-    """Largest resident size of this process so far, in MB; Linux only.
-
-    Not ru_maxrss: on Linux a process inherits that of the one that started it.
-    """
+def resident(field):
+    """Resident size of this process in MB, now ("VmRSS") or at its peak ("VmHWM"); Linux only."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024 / 1e6
-    raise OSError("/proc/self/status has no VmHWM")
+    raise OSError(f"/proc/self/status has no {field}")
 
 
 def memory(
@@ -80,19 +86,49 @@ def memory(
     width: int,
     k: int,
     device: str = "cpu",
+    threads: int = 1,
     updates: int = 3,
 ):
     """Print the peak memory of some updates in MB, in a process that did nothing else."""
+    torch.set_num_threads(threads)
     device = fql.choose_device(device)
     fql.set_matmul_precision("auto", device)
-    before = peak_resident()
+    tiny_update = make_update(method, 8, 1, device)
+    tiny_update()
+    del tiny_update
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device) / 1e6
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the size now
+
     update = make_update(method, width, k, device)
     for _ in range(updates):
         update()
     if device.type == "cuda":
-        print(torch.cuda.max_memory_allocated(device) / 1e6)
+        peak = torch.cuda.max_memory_allocated(device) / 1e6
     else:
-        print(peak_resident() - before)
+        peak = resident("VmHWM")
+    print(peak - before)
+
+
+def device_name(device):
+    """Name of the GPU or, on Linux, of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(": ")[2]
+    return platform.machine()
+
+
+def write_csv(path, rows):
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    common.write_file(path, file.getvalue().encode())
 
 
 def measure(
@@ -105,37 +141,51 @@ def measure(
 ):
     """device: cpu or cuda; widths: of the four hidden layers; steps: the values of K; rounds: how
     often each method is timed per K; threads: of torch; out: folder of table and picture"""
+    if rounds < 2:
+        raise common.UserError(f"--rounds {rounds}: must be at least 2, for percentiles")
+    if threads < 1:
+        raise common.UserError(f"--threads {threads}: must be at least 1")
     torch.set_num_threads(threads)
     torch_device = fql.choose_device(device)
     fql.set_matmul_precision("auto", torch_device)
+    conditions = dict(
+        device=str(torch_device),
+        device_name=device_name(torch_device),
+        threads=threads,
+        rounds=rounds,
+        matmul_precision=torch.get_float32_matmul_precision(),
+        torch=torch.__version__,
+        commit=common.git_commit(),
+    )
+    with common.disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    name = torch_device.type
+    common.write_file(out / f"{name}.json", (json.dumps(conditions, indent=2) + "\n").encode())
     rows = []
     for width in widths:
         for k in steps:
-            updates = {name: make_update(name, width, k, torch_device) for name in METHODS}
+            updates = {method: make_update(method, width, k, torch_device) for method in METHODS}
             times = paired_milliseconds(updates, rounds, torch_device)
             del updates
-            for name in METHODS:
-                flags = f"--method {name} --width {width} --k {k} --device {device}".split()
-                command = [sys.executable, __file__, "memory", *flags]
+            for method in METHODS:
+                flags = f"--method {method} --width {width} --k {k}"
+                flags += f" --device {torch_device} --threads {threads}"
+                command = [sys.executable, __file__, "memory", *flags.split()]
                 result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                deciles = statistics.quantiles(times[name], n=10)
+                deciles = statistics.quantiles(times[method], n=10)
                 row = dict(
                     width=width,
                     K=k,
-                    method=name,
-                    ms_median=round(statistics.median(times[name]), 2),
+                    method=method,
+                    ms_median=round(statistics.median(times[method]), 2),
                     ms_p10=round(deciles[0], 2),
                     ms_p90=round(deciles[-1], 2),
                     peak_mb=round(float(result.stdout), 1),
                 )
                 print(row, flush=True)
                 rows.append(row)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / f"{device}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    draw(rows, out / f"{device}.png")
+                write_csv(out / f"{name}.csv", rows)
+    draw(rows, out / f"{name}.png")
 
 
 def draw(rows, path):
@@ -165,4 +215,7 @@ def draw(rows, path):
 
 if __name__ == "__main__":
     commands = dict(measure=measure, memory=memory)
-    tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, description=__doc__)
+    except common.UserError as error:
+        sys.exit(f"flow_steps.py: error: {error}")
