@@ -14,8 +14,9 @@ and evaluation are those of fql.py; alpha has another meaning, so scan it.
     python results/bptt.py gradients RUN... --out results/bptt/pointmaze-medium
 
 `gradients` measures the norm of the gradient of -mean Q by the velocity's weights against K, on
-batches of the run's own data: with the weights of each run, and with untrained ones. Writes
-gradients.csv and gradients.png.
+batches of the runs' data: with the weights of each run, and with untrained ones. The relative norm
+is divided by the mean norm of dQ/da at the same actions, which differs from critic to critic.
+Writes gradients.csv and gradients.png, in which a large marker is a run's own K, that of training.
 """
 
 import copy
@@ -23,7 +24,6 @@ import csv
 import signal
 import sys
 import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -62,6 +62,7 @@ def flow_actions(nets, obs, z, flow_steps):
 def policy_loss(nets, batch, z, args):
     """-mean Q of the flow's actions, to be differentiated through all K steps."""
     actions = flow_actions(nets, batch.observations, z, args.flow_steps)
+    # As in fql.policy_loss, whose call would add a rollout of the teacher and spoil the costs.
     # The action's gradient passes through the critic; the critic's own parameters get none.
     frozen = {name: p.detach() for name, p in nets.critic.named_parameters()}
     q = torch.func.functional_call(nets.critic, frozen, (batch.observations, actions)).mean(0)
@@ -93,25 +94,56 @@ def use_in_fql():
 # ------------------------------------------------------------------------------------ gradients
 
 
-def gradient_norm(loss, nets):
-    """Norm of the gradient of a loss by the velocity's weights, a float."""
-    gradients = torch.autograd.grad(loss, list(nets.velocity.parameters()))
-    return torch.nn.utils.get_total_norm(gradients).item()
+# The settings that runs must share to be measured on the same batches.
+SAME = "env task dataset dataset_url sparse horizon batch_size hidden num_critics".split()
 
 
-def mean_norms(nets, dataset, args, num_batches=8):
-    """Norms of the gradients of -mean Q and of flow matching, the mean of some batches."""
+def load_runs(folders):
+    """Networks and settings of runs that can be compared: lists. Raises UserError."""
+    if not folders:
+        raise common.UserError("gradients: needs the folder of at least one run")
+    all_nets = []
+    all_args = []
+    for folder in folders:
+        nets, args = fql.load(folder)
+        all_nets.append(nets)
+        all_args.append(args)
+    for folder, args in zip(folders, all_args):
+        for name in SAME:
+            value = getattr(args, name)
+            first = getattr(all_args[0], name)
+            if value != first:
+                flag = name.replace("_", "-")
+                raise common.UserError(f"{folder}: has --{flag} {value}, {folders[0]} has {first}")
+    return all_nets, all_args
+
+
+def gradient_norms(nets, batch, draws, flow_steps):
+    """Norms of gradients on a batch: a tensor of three.
+
+    That of -mean Q by the velocity's weights, through all steps; the mean over the batch of the
+    norm of dQ/da at the same actions; that of the flow matching loss by the velocity's weights.
+    """
+    weights = list(nets.velocity.parameters())
+    actions = flow_actions(nets, batch.observations, draws.policy_z, flow_steps)
+    q = nets.critic(batch.observations, actions).mean(0)
+    dq_da, *q_gradient = torch.autograd.grad(-q.sum(), [actions, *weights])
+    flow_loss, _ = fql.flow_loss(nets, batch, draws.flow_x0, draws.flow_t)
+    flow_gradient = torch.autograd.grad(flow_loss, weights)
+    q_norm = torch.nn.utils.get_total_norm(q_gradient) / len(q)  # of the mean, not of the sum
+    flow_norm = torch.nn.utils.get_total_norm(flow_gradient)
+    return torch.stack([q_norm, dq_da.norm(dim=1).mean(), flow_norm])
+
+
+def mean_norms(nets, dataset, args, flow_steps, num_batches=8):
+    """`gradient_norms`, the mean of some batches: three floats."""
     generator = torch.Generator(dataset.actions.device).manual_seed(0)
-    q_norm = 0.0
-    flow_norm = 0.0
+    total = torch.zeros(3)
     for _ in range(num_batches):
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
         draws = draw(batch.actions, generator)
-        q_loss, _ = policy_loss(nets, batch, draws.policy_z, args)
-        flow_loss, _ = fql.flow_loss(nets, batch, draws.flow_x0, draws.flow_t)
-        q_norm += gradient_norm(q_loss, nets) / num_batches
-        flow_norm += gradient_norm(flow_loss, nets) / num_batches
-    return q_norm, flow_norm
+        total += gradient_norms(nets, batch, draws, flow_steps)
+    return (total / num_batches).tolist()
 
 
 def gradients(
@@ -119,39 +151,53 @@ def gradients(
     steps: tuple[int, ...] = (1, 2, 5, 10, 20, 50, 100),
     out: Path = Path("results/bptt"),
 ):
-    """runs: folders of runs on the same dataset; steps: the values of K; out: folder to write to"""
+    """runs: folders of runs on the same dataset; steps: the values of K, to which those of the runs
+    are added; out: folder to write to"""
     use_in_fql()
     device = torch.device("cpu")
     fql.set_matmul_precision("auto", device)
-    named_nets = {}
-    for folder in runs:
-        nets, args = fql.load(folder)
-        named_nets[f"{folder.name}, K = {args.flow_steps}"] = nets
+    all_nets, all_args = load_runs(runs)
+    args = all_args[0]
     torch.manual_seed(0)
-    named_nets["untrained"] = Networks(*nets.sizes, args)
+    untrained = Networks(*all_nets[0].sizes, args)
+    measured = [("untrained", untrained, None)]  # name, networks, the K of training
+    all_steps = set(steps)
+    for folder, nets, run_args in zip(runs, all_nets, all_args):
+        measured.append((folder.name, nets, run_args.flow_steps))
+        all_steps.add(run_args.flow_steps)
+    steps = sorted(all_steps)
     _, dataset_name, env_id = common.resolve_task(args.env, args.task)
-    dataset, _ = common.get_dataset(dataset_name, env_id, args.dataset, args.dataset_url, device)
+    dataset, _ = common.get_dataset(
+        dataset_name, env_id, args.dataset, args.dataset_url, device, args.sparse
+    )
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     rows = []
-    for name, nets in named_nets.items():
-        norms = []
+    for name, nets, trained_k in measured:
+        relative_norms = []
         for k in steps:
-            q_norm, flow_norm = mean_norms(nets, dataset, replace(args, flow_steps=k))
-            norms.append(q_norm)
-            rows.append([name, k, f"{q_norm:.4g}", f"{flow_norm:.4g}"])
-        axes.plot(steps, norms, "o-", label=name)
-    axes.set(xlabel="K", ylabel="norm of the gradient of -mean Q", xscale="log", yscale="log")
+            q_norm, dq_da_norm, flow_norm = mean_norms(nets, dataset, args, k)
+            relative_norms.append(q_norm / dq_da_norm)
+            norms = [q_norm, dq_da_norm, q_norm / dq_da_norm, flow_norm]
+            rows.append([name, trained_k, k, *(f"{norm:.4g}" for norm in norms)])
+        label = f"{name}, trained with K = {trained_k}" if trained_k else name
+        (line,) = axes.plot(steps, relative_norms, "o-", markersize=3, label=label)
+        if trained_k:
+            own = relative_norms[steps.index(trained_k)]
+            axes.plot(trained_k, own, "o", markersize=10, color=line.get_color())
+    axes.set(xlabel="K", ylabel="norm of the gradient of -mean Q,\nrelative to that of dQ/da")
+    axes.set(xscale="log", yscale="log")
     axes.set_xticks(steps, labels=[str(k) for k in steps])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     axes.legend()
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "gradients.png", dpi=150)
+    norms = ["q_grad_norm", "dq_da_norm", "relative_norm", "flow_matching_grad_norm"]
     with open(out / "gradients.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["weights", "K", "q_grad_norm", "flow_matching_grad_norm"])
+        writer.writerow(["weights", "trained_K", "K", *norms])
         writer.writerows(rows)
     print((out / "gradients.csv").read_text())
 

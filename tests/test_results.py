@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -157,11 +158,49 @@ def test_bptt_trains_through_fqls_own_loop_under_its_own_name(tmp_path, monkeypa
     bptt.gradients((run,), steps=(1, 3), out=tmp_path)
     with open(tmp_path / "gradients.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["K"] for row in rows] == ["1", "3", "1", "3"]
-    assert rows[0]["weights"] == f"{run.name}, K = 5" and rows[2]["weights"] == "untrained"
-    assert rows[0]["q_grad_norm"] != rows[1]["q_grad_norm"]
-    assert rows[0]["flow_matching_grad_norm"] == rows[1]["flow_matching_grad_norm"]
+    assert [row["K"] for row in rows] == 2 * ["1", "3", "5"]  # 5 is the run's own
+    assert [row["weights"] for row in rows] == 3 * ["untrained"] + 3 * [run.name]
+    assert [row["trained_K"] for row in rows] == 3 * [""] + 3 * ["5"]
+    assert rows[3]["q_grad_norm"] != rows[4]["q_grad_norm"]
+    assert rows[3]["flow_matching_grad_norm"] == rows[4]["flow_matching_grad_norm"]
+    for row in rows:
+        quotient = float(row["q_grad_norm"]) / float(row["dq_da_norm"])
+        assert float(row["relative_norm"]) == pytest.approx(quotient, rel=2e-3)
     assert (tmp_path / "gradients.png").exists()
+
+    with pytest.raises(common.UserError, match="at least one run"):
+        bptt.gradients((), out=tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    state = torch.load(other / "checkpoint.pt", weights_only=True)
+    state["config"]["args"]["dataset"] = "other.npz"
+    torch.save(state, other / "checkpoint.pt")
+    with pytest.raises(common.UserError, match=f"{other}: has --dataset other.npz, {run} has"):
+        bptt.gradients((run, other), out=tmp_path)
+
+
+def test_the_measured_norms_are_those_of_the_losses_whatever_the_critics_scale():
+    args, nets, batch, draws = make(normalize_q_loss=True)
+    q_norm, dq_da_norm, flow_norm = bptt.gradient_norms(nets, batch, draws, args.flow_steps)
+    plain = replace(args, normalize_q_loss=False)
+    q_loss, _ = bptt.policy_loss(nets, batch, draws.policy_z, plain)
+    assert q_norm.item() == pytest.approx(velocity_gradient(q_loss, nets).norm().item())
+    flow_loss, _ = fql.flow_loss(nets, batch, draws.flow_x0, draws.flow_t)
+    assert flow_norm.item() == pytest.approx(velocity_gradient(flow_loss, nets).norm().item())
+
+    actions = bptt.flow_actions(nets, batch.observations, draws.policy_z, args.flow_steps)
+    norms = []
+    for obs, action in zip(batch.observations, actions.detach()):
+        action = action.requires_grad_()
+        nets.critic(obs[None], action[None]).mean().backward()
+        norms.append(action.grad.norm().item())
+    assert dq_da_norm.item() == pytest.approx(np.mean(norms))
+
+    with torch.no_grad():
+        nets.critic.mlp[-1].weight.mul_(10)
+    scaled = bptt.gradient_norms(nets, batch, draws, args.flow_steps)
+    assert (scaled[0] / scaled[1]).item() == pytest.approx((q_norm / dq_da_norm).item())
+    assert scaled[0].item() == pytest.approx(10 * q_norm.item())
 
 
 # --------------------------------------------------------------------------------------- best of N
