@@ -59,7 +59,7 @@ def paired_milliseconds(updates, rounds, device):
 
     def wait():
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
 
     times = {name: [] for name in updates}
     for i in range(3 + rounds):
