@@ -160,10 +160,11 @@ def gradients(
     args = all_args[0]
     torch.manual_seed(0)
     untrained = Networks(*all_nets[0].sizes, args)
-    measured = [("untrained", untrained, None)]  # name, networks, the K of training
+    measured = [("untrained", "untrained", untrained, None)]  # name, label, networks, K of training
     all_steps = set(steps)
     for folder, nets, run_args in zip(runs, all_nets, all_args):
-        measured.append((folder.name, nets, run_args.flow_steps))
+        label = f"trained with K = {run_args.flow_steps}, seed {run_args.seed}"
+        measured.append((folder.name, label, nets, run_args.flow_steps))
         all_steps.add(run_args.flow_steps)
     steps = sorted(all_steps)
     _, dataset_name, env_id = common.resolve_task(args.env, args.task)
@@ -174,14 +175,13 @@ def gradients(
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     rows = []
-    for name, nets, trained_k in measured:
+    for name, label, nets, trained_k in measured:
         relative_norms = []
         for k in steps:
             q_norm, dq_da_norm, flow_norm = mean_norms(nets, dataset, args, k)
             relative_norms.append(q_norm / dq_da_norm)
             norms = [q_norm, dq_da_norm, q_norm / dq_da_norm, flow_norm]
             rows.append([name, trained_k, k, *(f"{norm:.4g}" for norm in norms)])
-        label = f"{name}, trained with K = {trained_k}" if trained_k else name
         (line,) = axes.plot(steps, relative_norms, "o-", markersize=3, label=label)
         if trained_k:
             own = relative_norms[steps.index(trained_k)]
