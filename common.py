@@ -498,6 +498,8 @@ def collect_pointmaze(name, path, num_episodes=300, workers=None, seed=0):
     env_id = name.replace("-navigate", "")
     steps = 2001 if "giant" in name else 1001
     jobs = [(env_id, steps, [seed, episode]) for episode in range(num_episodes)]
+    if workers is None and hasattr(os, "sched_getaffinity"):  # not on macOS: all cores
+        workers = len(os.sched_getaffinity(0))  # SLURM gives a job few of many
     with multiprocessing.Pool(workers, leave_signals_to_main) as pool:
         results = pool.imap(collect_episode, jobs)
         episodes = list(tqdm(results, f"collecting {name}", num_episodes, unit=" episodes"))
