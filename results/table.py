@@ -6,7 +6,8 @@ A run's score is the mean of its last three evaluations, as in the papers: succe
 return where the environment has no success. The interval is the 95 % bootstrap interval of the mean
 over seeds. `settings` are those that differ from the script's defaults for the environment. Prints
 Markdown. What it leaves out is named on stderr: folders without a run, runs that are not finished,
-and of two runs with the same settings and seed the older one.
+and of two runs with the same settings and seed the one that was evaluated first. So are rows whose
+runs had different datasets.
 """
 
 import csv
@@ -42,18 +43,22 @@ SCRIPTS = {
 }
 
 
-def find_script(config):
-    """The name of a run's script. Runs of older commits do not have it: then by the settings."""
-    if "script" in config:
-        return config["script"]
-    if "lam" in config["args"]:
+def most_similar_script(args):
+    """The one of SCRIPTS that has such settings."""
+    if "lam" in args:
         return "qflow.py"
-    return "fql.py" if "alpha" in config["args"] else "flow_sac.py"
+    return "fql.py" if "alpha" in args else "flow_sac.py"
 
 
-def changed_settings(args, module):
-    """The settings that are not the script's defaults for the environment, as one string."""
+def changed_settings(args, module, is_copy):
+    """The settings that are not the script's defaults for the environment, as one string.
+
+    is_copy: the run is of a copy of the script, all of whose own settings count.
+    """
     defaults = vars(module.Args())
+    if is_copy:
+        own = args.keys() - defaults.keys()
+        defaults |= dict.fromkeys(sorted(own))
     for names, settings in module.SETTINGS.items():
         if re.match(names, args["env"]):
             defaults |= settings
@@ -68,23 +73,31 @@ def changed_settings(args, module):
 
 
 def read_run(folder):
-    """What a row is for (environment, ...), whether it is a success, seed, score.
+    """What a row is for (environment, ...), whether it is a success, seed, score, dataset.
 
     Raises ValueError if there is no score.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
-        with open(folder / "eval.csv") as file:
-            rows = list(csv.DictReader(file))
+        lines = (folder / "eval.csv").read_text().split("\n")
     except OSError as error:
         raise ValueError(error.strerror) from None
+    if "args" not in config:
+        raise ValueError("no settings in config.json")
+    rows = list(csv.DictReader(lines))
     if not rows:
         raise ValueError("not evaluated yet")
-    script = find_script(config)
-    if script not in SCRIPTS:
-        raise ValueError(f"a run of {script}")
-    module, method = SCRIPTS[script]
+    if lines[-1]:  # text after the last end of line
+        raise ValueError("the last row of eval.csv is incomplete")
     args = config["args"]
+    similar = most_similar_script(args)
+    script = config.get("script", similar)  # runs of older commits do not have it
+    is_copy = script not in SCRIPTS
+    if is_copy:
+        module, _ = SCRIPTS[similar]
+        method = Path(script).stem
+    else:
+        module, method = SCRIPTS[script]
     offline_steps = args.get("offline_steps", 0)
     online_steps = args.get("online_steps", 0)
     last_step = int(rows[-1]["step"])
@@ -106,14 +119,15 @@ def read_run(folder):
     for steps, phase in ((offline_steps, "offline"), (online_steps, "online")):
         if steps > 0:
             phases.append(f"{steps:,} {phase}")
-    key = (environment, task, method, changed_settings(settings, module), " + ".join(phases))
+    changed = changed_settings(settings, module, is_copy)
+    key = (environment, task, method, changed, " + ".join(phases))
 
     has_success = rows[-1]["success"] != "nan"
     column = "success" if has_success else "return"
     score = np.mean([float(row[column]) for row in rows[-3:]])
     if has_success:
         score = 100 * score
-    return key, has_success, args["seed"], score
+    return key, has_success, args["seed"], score, config.get("dataset")
 
 
 def summarise(scores):
@@ -126,25 +140,40 @@ def summarise(scores):
     return mean, *result.confidence_interval
 
 
+def evaluated_at(folder):
+    """When a run was last evaluated, in seconds."""
+    return (folder / "eval.csv").stat().st_mtime
+
+
 def main(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None):
     """folders: of runs; out: also write the table there, as CSV."""
-    groups = {}
-    for folder in sorted(folders, key=lambda folder: folder.name):  # ends in the time it began
+    groups = {}  # what a row is for -> seed -> (folder, score, dataset)
+    for folder in sorted(folders, key=lambda folder: folder.name):
         try:
-            key, has_success, seed, score = read_run(folder)
+            key, has_success, seed, score, dataset = read_run(folder)
         except ValueError as error:
             print(f"left out: {folder}: {error}", file=sys.stderr)
             continue
-        scores = groups.setdefault((*key, has_success), {})
-        if seed in scores:
-            print(f"left out: a run older than {folder}, same settings and seed", file=sys.stderr)
-        scores[seed] = score
+        runs = groups.setdefault((*key, has_success), {})
+        if seed in runs:
+            other, _, _ = runs[seed]
+            older, newer = sorted([other, folder], key=evaluated_at)
+            reason = f"{newer}, same settings and seed, was evaluated later"
+            print(f"left out: {older}: {reason}", file=sys.stderr)
+            if newer == other:
+                continue
+        runs[seed] = (folder, score, dataset)
 
     table = []
     print(f"| {' | '.join(COLUMNS[:-2])} | 95 % |")
     print("| --- " * (len(COLUMNS) - 1) + "|")
-    for (*key, has_success), scores in sorted(groups.items()):
-        mean, low, high = summarise(list(scores.values()))
+    for (*key, has_success), runs in sorted(groups.items()):
+        scores = [score for _, score, _ in runs.values()]
+        datasets = {str(dataset) for _, _, dataset in runs.values()}
+        if len(datasets) > 1:
+            row = ", ".join(key[:3])
+            print(f"several datasets: {row}: {'; '.join(sorted(datasets))}", file=sys.stderr)
+        mean, low, high = summarise(scores)
         table.append([*key, len(scores), mean, low, high])
         form = "{:.1f} %" if has_success else "{:.0f}"
         interval = "" if np.isnan(low) else f"{form.format(low)} to {form.format(high)}"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,19 +116,63 @@ def test_the_script_of_an_older_run_is_known_by_its_settings(tmp_path):
     assert {row["method"].split(",")[0] for row in rows} == {"Q-Flow", "FQL", "SAC Flow"}
 
 
+def test_a_copy_of_a_script_has_rows_of_its_own(tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    settings = {**qflow.SETTINGS["pointmaze"], "offline_steps": 100, "online_steps": 0}
+    write_run(runs / "1", qflow, [0.1], **settings)
+    write_run(runs / "2", qflow, [0.2], name="qflow_mine.py", **settings)
+    own = {**settings, "seed": 1, "tau": 0.5, "width": 7}
+    write_run(runs / "3", qflow, [0.3], name="qflow_mine.py", **own)
+    settings = {**fql.SETTINGS["pointmaze"], "alpha": 3.0}
+    write_run(runs / "4", fql, [0.4], name="mine.py", **settings)
+    rows, errors = run_table(runs, tmp_path / "table.csv")
+    assert errors == ""
+    found = {(row["method"], row["settings"], float(row["score"])) for row in rows}
+    assert found == {
+        ("Q-Flow", "", 10),
+        ("qflow_mine", "", 20),
+        ("qflow_mine", "tau=0.5, width=7", 30),
+        ("mine", "alpha=3.0", 40),
+    }
+
+
+def test_a_row_with_several_datasets_is_named(tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    settings = {**fql.SETTINGS["pointmaze"], "offline_steps": 100}
+    for seed, dataset in enumerate(["official", "collected", "official"]):
+        path = runs / str(seed) / "config.json"
+        write_run(path.parent, fql, [0.5], seed=seed, **settings)
+        path.write_text(json.dumps(dict(json.loads(path.read_text()), dataset=dataset)))
+    (row,), errors = run_table(runs, tmp_path / "table.csv")
+    assert row["seeds"] == "3"
+    assert errors == f"several datasets: {NAME}, default, FQL: collected; official\n"
+
+
 def test_what_is_left_out_is_named(tmp_path):
     runs = tmp_path / "runs"
     runs.mkdir()
     settings = {**qflow.SETTINGS["pointmaze"], "offline_steps": 100, "online_steps": 0}
-    write_run(runs / "run__0001", qflow, [0.2], **settings)
-    write_run(runs / "run__0002", qflow, [0.6], **settings)
-    write_run(runs / "unfinished", qflow, [0.6], **{**settings, "seed": 1})
+    write_run(runs / "run_a", qflow, [0.2], **settings)
+    write_run(runs / "run_b", qflow, [0.6], **settings)
+    write_run(runs / "run_c", qflow, [0.4], **settings)
+    for name, time in (("run_a", 1000), ("run_b", 3000), ("run_c", 2000)):
+        os.utime(runs / name / "eval.csv", (time, time))
+    for name in ("unfinished", "cut", "no_args"):
+        write_run(runs / name, qflow, [0.6], **{**settings, "seed": 1})
     text = (runs / "unfinished/eval.csv").read_text()
     (runs / "unfinished/eval.csv").write_text(text.replace("100,", "50,", 1))
+    (runs / "cut/eval.csv").write_text(text[:-6])
+    (runs / "no_args/config.json").write_text('{"script": "qflow.py"}')
     (runs / "nothing").mkdir()
     (row,), errors = run_table(runs, tmp_path / "table.csv")
     assert (row["seeds"], float(row["score"])) == ("1", 60)
+    for older in ("run_a", "run_c"):
+        newer = f"{runs / 'run_b'}, same settings and seed, was evaluated later"
+        assert f"left out: {runs / older}: {newer}\n" in errors
     assert "unfinished: at step 50 of 100" in errors
+    assert "cut: the last row of eval.csv is incomplete" in errors
+    assert "no_args: no settings in config.json" in errors
     assert "nothing: No such file or directory" in errors
-    assert "run__0002, same settings and seed" in errors
-    assert len(errors.splitlines()) == 3
+    assert len(errors.splitlines()) == 6
