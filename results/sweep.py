@@ -5,9 +5,10 @@
 
 Flags after -- go to every script. A job is one script with one set of flags. Its folder is named
 after environment, task, script, seed and a hash of the flags after --, and begins with nothing but
-config.json. The job's command is `python SCRIPT --resume FOLDER`: it begins, goes on from the
-checkpoint, or says that it is finished. So a job that is killed loses the time since its checkpoint
-and nothing else, and a sweep that is started again runs what is missing.
+config.json; one that is there already must have the same settings. The job's command is `python
+SCRIPT --resume FOLDER`: it begins, goes on from the checkpoint, or says that it is finished. So a
+job that is killed loses the time since its checkpoint and nothing else, and a sweep that is started
+again runs what is missing.
 
 --print prints these commands, one a line, for another engine. Without it Ray runs them; the folders
 must then be visible to all of its machines. A job that was killed, or whose machine died, is
@@ -26,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,14 +67,19 @@ class Args:
 
 
 def parse_args():
-    """The command line as Args, and the flags after --."""
+    """The command line as Args, and the flags after --. Raises UserError."""
     own_flags = sys.argv[1:]
     script_flags = []
     if "--" in own_flags:
         end = own_flags.index("--")
         script_flags = own_flags[end + 1 :]
         own_flags = own_flags[:end]
-    return tyro.cli(Args, args=own_flags, description=__doc__), script_flags
+    args = tyro.cli(Args, args=own_flags, description=__doc__)
+    if not args.cpus > 0:
+        raise common.UserError(f"--cpus {args.cpus:g}: must be positive")
+    if args.gpus is not None and not args.gpus >= 0:
+        raise common.UserError(f"--gpus {args.gpus:g}: must be at least 0")
+    return args, script_flags
 
 
 def num_threads(args):
@@ -83,55 +90,132 @@ def num_threads(args):
 # ----------------------------------------------------------------------------------------- jobs
 
 
+@dataclass
+class Job:
+    folder: Path
+    command: list[str]
+    config: dict  # of a folder that is new
+    last_step: int  # at which it is finished
+
+
 def import_script(path):
     """A script as a module. Raises UserError."""
     if not path.is_file():
         raise common.UserError(f"--scripts {path}: no such file")
     sys.path.insert(0, str(path.resolve().parent))
-    return importlib.import_module(path.stem)
+    try:
+        script = importlib.import_module(path.stem)
+    except ImportError as error:
+        raise common.UserError(f"--scripts {path}: cannot be imported: {error}") from None
+    if not hasattr(script, "parse_args"):
+        raise common.UserError(f"--scripts {path}: has no parse_args, unlike qflow.py")
+    return script
 
 
-def make_job(script, env, task, seed, flags, run_dir):
-    """The folder of a job, with config.json if it is new. Raises UserError.
+def parse_script_args(script, flags):
+    """The script's Args for these flags. Raises UserError.
 
     A mistake in the flags ends the program, with the script's own message.
     """
-    module = import_script(script)
-    sys.argv = [script.name, "--env", env, "--task", str(task), "--seed", str(seed), *flags]
-    args = module.parse_args()
+    own_argv = sys.argv
+    sys.argv = [Path(script.__file__).name, *flags]
+    try:
+        return script.parse_args()
+    finally:
+        sys.argv = own_argv
+
+
+def full_name(script, args):
+    """The environment's name with its task, as the script's folders have it. Raises UserError."""
+    if common.is_dataset(args.env):
+        name, _, _ = common.resolve_task(args.env, args.task)
+        return name
+    if hasattr(script, "make_env"):  # flow_sac.py: it starts from scratch too
+        for flag in ("task", "dataset", "dataset_url", "offline_steps"):
+            value = getattr(args, flag)
+            if value:
+                flag = flag.replace("_", "-")
+                hint = f"--env {args.env} is not an OGBench dataset"
+                raise common.UserError(f"--{flag} {value}: {hint}")
+        script.make_env(args.env).close()
+    elif args.env != script.Args().env:  # a copy's default may be an environment of its own
+        common.resolve_task(args.env, args.task)  # raises, with the closest names
+    return args.env
+
+
+def check_settings(folder, script, args):
+    """Raise UserError if the folder is there already, with other settings than args."""
+    path = folder / "config.json"
+    if not os.path.exists(path):
+        return
+    try:
+        saved = json.loads(path.read_text())["args"]
+        saved = {**vars(script.Args()), **saved}  # the script may have got new settings
+    except common.UNREADABLE as error:
+        raise common.UserError(f"{path}: damaged ({error}); remove it") from None
+    for name, value in vars(args).items():
+        before = json.dumps(saved[name])
+        now = json.dumps(value)
+        if before != now and name != "resume":
+            hint = "use another --run-dir, or remove the folder to begin anew"
+            raise common.UserError(f"{folder}: {name} was {before}, would be {now}; {hint}")
+
+
+def make_job(script, env, task, seed, flags, run_dir):
+    """A job, of which nothing is written yet. Raises UserError."""
+    names = ["--env", env, "--task", str(task), "--seed", str(seed)]
+    args = parse_script_args(script, [*names, *flags])
     if (args.env, args.task, args.seed) != (env, task, seed):
         raise common.UserError("--env, --task and --seed: use --envs, --tasks and --seeds")
     if args.resume or args.evaluate:
         raise common.UserError("--resume and --evaluate: not in a sweep")
-    name = env
-    if common.is_dataset(env):
-        name, _, _ = common.resolve_task(env, task)
+    if args.run_dir != script.Args().run_dir:
+        raise common.UserError(f"--run-dir {args.run_dir}: must stand before --")
+    if args.dataset:
+        args.dataset = str(Path(args.dataset).resolve())
+    path = Path(script.__file__)
     digest = hashlib.sha256(shlex.join(flags).encode()).hexdigest()[:8]
-    folder = run_dir.resolve() / f"{name}__{script.stem}__{seed}__{digest}"
-    config = dict(script=script.name, args=vars(args))
-    if not (folder / "config.json").exists():
-        with common.disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        common.write_file(folder / "config.json", json.dumps(config, indent=2).encode())
-    return folder
+    name = f"{full_name(script, args)}__{path.stem}__{seed}__{digest}"
+    folder = run_dir.resolve() / name
+    check_settings(folder, script, args)
+    return Job(
+        folder=folder,
+        command=[sys.executable, str(path), "--resume", str(folder)],
+        config=dict(script=path.name, args=vars(args)),
+        last_step=args.offline_steps + args.online_steps,
+    )
 
 
-def last_step(folder):
-    """The step at which a job is finished."""
-    args = json.loads((folder / "config.json").read_text())["args"]
-    return args["offline_steps"] + args["online_steps"]
+def make_jobs(args, flags):
+    """All jobs of the sweep. Raises UserError."""
+    scripts = [import_script(path) for path in args.scripts]
+    jobs = {}  # by folder
+    for names in itertools.product(scripts, args.envs, args.tasks, args.seeds):
+        job = make_job(*names, flags, args.run_dir)
+        if job.folder in jobs:
+            hint = "give each script, environment, task and seed once; scripts need different names"
+            raise common.UserError(f"{job.folder.name}: two jobs of this name; {hint}")
+        jobs[job.folder] = job
+    return list(jobs.values())
 
 
-def is_finished(folder):
+def write_config(job):
+    """Create the job's folder, unless it is there. Raises UserError."""
+    if os.path.exists(job.folder / "config.json"):
+        return
+    with common.disk_errors(job.folder):
+        job.folder.mkdir(parents=True, exist_ok=True)
+    common.write_file(job.folder / "config.json", json.dumps(job.config, indent=2).encode())
+
+
+def is_finished(job):
     """Whether a job's checkpoint is at its last step."""
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return False
+    path = job.folder / "checkpoint.pt"
     try:  # mmap: of a file that may be large, only this number is read
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except common.UNREADABLE:  # the job itself will say so
+    except common.UNREADABLE:  # there is none, or the job itself will say what is wrong
         return False
-    return state["step"] >= last_step(folder)
+    return state["step"] >= job.last_step
 
 
 def read_rows(path):
@@ -156,18 +240,18 @@ def score(folder):
 # ------------------------------------------------------------------------------------------ Ray
 
 
-def run_job(command, environment, output, working_dir):
+def run_job(command, environment, folder):
     """Runs a job in a worker of Ray; returns the last line of its output if it failed, else "".
 
     Raises ChildProcessError if it was killed: Ray then calls this again.
     """
+    output = folder / "output.txt"
     # A worker that is killed takes its job with it: Ray would start the job a second time.
     command = ["setpriv", "--pdeathsig", "KILL", *command]
     always = dict(TQDM_DISABLE="1", PYTHONUNBUFFERED="1")  # or its error comes before the rest
     with open(output, "ab") as file:
         result = subprocess.run(
             command,
-            cwd=working_dir,
             env={**os.environ, **always, **environment},
             stdin=subprocess.DEVNULL,
             stdout=file,
@@ -184,28 +268,39 @@ def run_job(command, environment, output, working_dir):
     return text.split("\n")[-1]
 
 
-def start_ray(args):
-    """Start Ray, or connect to a cluster; returns the GPUs of a job. Raises UserError."""
-    if ray is None:
-        raise common.UserError("needs Ray: pip install ray; or use --print")
-    ray.init(log_to_driver=False, logging_level="ERROR")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C; Ray has replaced it
-    machines = [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
+def choose_gpus(args, devices, machines):
+    """The GPUs of a job. Raises UserError if no machine has room for a job.
+
+    devices: --device of each job; machines: what each one has, like {"CPU": 8.0, "GPU": 1.0}.
+    """
     gpus = args.gpus
     if gpus is None:
-        gpus = 1 if any("GPU" in machine for machine in machines) else 0
+        has_gpu = any("GPU" in machine for machine in machines)
+        only_cpu = set(devices) == {"cpu"}
+        gpus = 1 if has_gpu and not only_cpu else 0
     for machine in machines:
         if args.cpus <= machine.get("CPU", 0) and gpus <= machine.get("GPU", 0):
             return gpus
     raise common.UserError(f"--cpus {args.cpus:g} --gpus {gpus:g}: no machine has that many")
 
 
+def start_ray():
+    """Start Ray, or connect to a cluster; returns what each machine has. Raises UserError."""
+    if ray is None:
+        raise common.UserError("needs Ray: pip install ray; or use --print")
+    ray.init(log_to_driver=False, logging_level="ERROR")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C; Ray has replaced it
+    return [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
+
+
 def run_with_ray(jobs, args):
-    """Run jobs, folder -> command; returns those that failed, folder -> reason. Raises UserError.
+    """Run jobs; returns those that failed, folder -> reason. Raises UserError.
 
     KeyboardInterrupt stops them.
     """
-    gpus = start_ray(args)
+    machines = start_ray()
+    devices = [job.config["args"]["device"] for job in jobs]
+    gpus = choose_gpus(args, devices, machines)
     run = ray.remote(run_job).options(
         num_cpus=args.cpus,
         num_gpus=gpus,
@@ -216,18 +311,18 @@ def run_with_ray(jobs, args):
     if gpus == 0:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides only those of other jobs
     pending = {}
-    for folder, command in jobs.items():
-        output = folder / "output.txt"  # there from the moment when the job has been started
+    for job in jobs:
+        output = job.folder / "output.txt"  # there from the moment when the job has been started
         output.unlink(missing_ok=True)
-        reference = run.remote(command, environment, output, os.getcwd())
-        pending[reference] = folder
+        reference = run.remote(job.command, environment, job.folder)
+        pending[reference] = job
     failed = {}
     screen = Screen()
     try:
         while pending:
             done, _ = ray.wait(list(pending), timeout=1)
             for reference in done:
-                folder = pending.pop(reference)
+                folder = pending.pop(reference).folder
                 try:
                     reason = ray.get(reference)
                 except ray.exceptions.RayTaskError as error:
@@ -246,17 +341,17 @@ def run_with_ray(jobs, args):
         ray.shutdown()  # which kills the jobs that are left
 
 
-def status(folders, num_finished, num_failed):
+def status(jobs, num_finished, num_failed):
     """Lines on the jobs that are not done yet: how many there are, and where each one is."""
-    running = [folder for folder in folders if (folder / "output.txt").exists()]
-    num_queued = len(folders) - len(running)
+    running = [job for job in jobs if os.path.exists(job.folder / "output.txt")]
+    num_queued = len(jobs) - len(running)
     lines = [
         f"queued {num_queued}, running {len(running)}, finished {num_finished}, failed {num_failed}"
     ]
-    for folder in running:
-        rows = read_rows(folder / "train.csv")
+    for job in running:
+        rows = read_rows(job.folder / "train.csv")
         step = rows[-1]["step"] if rows else 0
-        lines.append(f"running   {folder.name}: step {step} of {last_step(folder)}")
+        lines.append(f"running   {job.folder.name}: step {step} of {job.last_step}")
     return lines
 
 
@@ -292,24 +387,28 @@ class Screen:
 # ----------------------------------------------------------------------------------------- main
 
 
+def run_missing(jobs, args):
+    """Run those jobs that are not finished; returns the failed ones as run_with_ray does."""
+    missing = [job for job in jobs if not is_finished(job)]
+    print(f"{len(jobs)} jobs in {args.run_dir}, {len(jobs) - len(missing)} of them finished")
+    if not missing:
+        return {}
+    return run_with_ray(missing, args)
+
+
 def main():
     args, flags = parse_args()
-    jobs = {}  # folder -> command
-    for script, env, task, seed in itertools.product(
-        args.scripts, args.envs, args.tasks, args.seeds
-    ):
-        folder = make_job(script, env, task, seed, flags, args.run_dir)
-        jobs[folder] = [sys.executable, str(script.resolve()), "--resume", str(folder)]
+    jobs = make_jobs(args, flags)
+    for job in jobs:
+        write_config(job)
     if args.print:
-        for command in jobs.values():
-            print(f"OMP_NUM_THREADS={num_threads(args)} {shlex.join(command)}")
+        for job in jobs:
+            print(f"OMP_NUM_THREADS={num_threads(args)} {shlex.join(job.command)}")
         return
-    missing = {folder: command for folder, command in jobs.items() if not is_finished(folder)}
-    print(f"{len(jobs)} jobs in {args.run_dir}, {len(jobs) - len(missing)} of them finished")
-    failed = run_with_ray(missing, args) if missing else {}
+    failed = run_missing(jobs, args)
     for folder, reason in failed.items():
         print(f"failed    {folder.name}: {reason}\n          {folder / 'output.txt'}")
-    finished = [str(folder) for folder in jobs if is_finished(folder)]
+    finished = [str(job.folder) for job in jobs if is_finished(job)]
     if finished:
         table = [sys.executable, str(Path(__file__).with_name("table.py")), *finished]
         subprocess.run([*table, "--out", str(args.run_dir / "table.csv")], check=True)
@@ -318,6 +417,7 @@ def main():
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", module="gymnasium")  # float64 spaces
     try:
         main()
     except common.UserError as error:
