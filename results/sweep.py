@@ -34,6 +34,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from filelock import FileLock, Timeout
 
 try:
     import ray
@@ -44,6 +45,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 
 RETRIES = 5  # of a job that was killed, by machine or by signal
+PREEMPTED = (-signal.SIGKILL, -signal.SIGTERM, 130)  # 130: as the scripts end after SIGTERM
+LOCK_SECONDS = 300  # for the lock of a run whose process has not noticed yet that it is dead
 
 
 @dataclass
@@ -219,10 +222,10 @@ def is_finished(job):
 
 
 def read_rows(path):
-    """The complete rows of a CSV file (column -> text); none if there is no such file."""
+    """The complete rows of a CSV file (column -> text); none if it cannot be read."""
     try:
         lines = path.read_text().split("\n")
-    except FileNotFoundError:
+    except OSError:  # there is no such file yet, or a network's disk does not answer
         return []
     return list(csv.DictReader(lines[:-1]))  # what follows the last end of line is being written
 
@@ -241,10 +244,15 @@ def score(folder):
 
 
 def run_job(command, environment, folder):
-    """Runs a job in a worker of Ray; returns the last line of its output if it failed, else "".
+    """Runs a job in a worker of Ray; returns the reason if it failed, else "".
 
-    Raises ChildProcessError if it was killed: Ray then calls this again.
+    Raises ChildProcessError if it was preempted: Ray then calls this again.
     """
+    try:
+        with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
+            pass
+    except Timeout:
+        pass  # the script will say so
     output = folder / "output.txt"
     # A worker that is killed takes its job with it: Ray would start the job a second time.
     command = ["setpriv", "--pdeathsig", "KILL", *command]
@@ -257,15 +265,18 @@ def run_job(command, environment, folder):
             stdout=file,
             stderr=subprocess.STDOUT,
         )
-    if result.returncode == 0:
+    status = result.returncode
+    if status == 0:
         return ""
-    stopped_by_sigterm = result.returncode == 130  # as the scripts end then
-    if result.returncode < 0 or stopped_by_sigterm:
-        raise ChildProcessError(f"killed, exit status {result.returncode}")
+    if status in PREEMPTED:
+        raise ChildProcessError(f"killed, exit status {status}")
     text = output.read_text(errors="replace").strip()
     if not text:
-        return f"exit status {result.returncode}"
-    return text.split("\n")[-1]
+        text = f"exit status {status}"
+    last_line = text.split("\n")[-1]
+    if status < 0:
+        return f"{signal.strsignal(-status)}: {last_line}"
+    return last_line
 
 
 def choose_gpus(args, devices, machines):
@@ -393,7 +404,11 @@ def run_missing(jobs, args):
     print(f"{len(jobs)} jobs in {args.run_dir}, {len(jobs) - len(missing)} of them finished")
     if not missing:
         return {}
-    return run_with_ray(missing, args)
+    try:
+        with FileLock(args.run_dir / ".lock", blocking=False):
+            return run_with_ray(missing, args)
+    except Timeout:
+        raise common.UserError(f"--run-dir {args.run_dir}: another sweep runs there") from None
 
 
 def main():

@@ -10,11 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 import common
 import flow_sac
@@ -314,6 +316,8 @@ def run_job(code, tmp_path):
         ("print('x'); raise ValueError('a reason')", "ValueError: a reason"),
         ("import sys; print('one\\n\\ntwo\\n'); sys.exit(2)", "two"),
         ("import sys; sys.exit(3)", "exit status 3"),
+        ("import os; os.kill(os.getpid(), 11)", "Segmentation fault: exit status -11"),
+        ("import os; print('one', flush=True); os.abort()", "Aborted: one"),
     ],
 )
 def test_how_a_job_ends(code, reason, tmp_path):
@@ -323,12 +327,25 @@ def test_how_a_job_ends(code, reason, tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs Linux's setpriv")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_job_is_not_a_failed_one(number, tmp_path):
+@pytest.mark.parametrize(
+    "end", ["os.kill(os.getpid(), 9)", "os.kill(os.getpid(), 15)", "exit(130)"]
+)
+def test_a_killed_job_is_not_a_failed_one(end, tmp_path):
     with pytest.raises(ChildProcessError, match="killed"):
-        run_job(f"import os; os.kill(os.getpid(), {int(number)})", tmp_path)
-    with pytest.raises(ChildProcessError, match="killed"):
-        run_job("import sys; sys.exit(130)", tmp_path)  # as the scripts end after SIGTERM
+        run_job(f"import os; {end}", tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs Linux's setpriv")
+def test_a_job_waits_for_the_end_of_the_process_before_it(tmp_path, monkeypatch):
+    code = f"from filelock import FileLock; FileLock({str(tmp_path / '.lock')!r}, 0).acquire()"
+    lock = FileLock(tmp_path / ".lock", thread_local=False)
+    lock.acquire()
+    threading.Timer(1, lock.release).start()
+    assert run_job(code, tmp_path) == ""
+
+    monkeypatch.setattr(sweep, "LOCK_SECONDS", 0.1)
+    with lock:
+        assert "Timeout" in run_job(code, tmp_path)
 
 
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="needs Linux's setpriv")
@@ -378,6 +395,17 @@ def test_gpus_of_a_job(sweep_jobs, monkeypatch):
             choose(["auto"], [cpu, gpu], *flags)
 
 
+def test_one_sweep_at_a_time(sweep_jobs, tmp_path, monkeypatch):
+    flags = ["--scripts", SCRIPTS[1], "--envs", NAME, "--run-dir", tmp_path, "--", *FLAGS]
+    sweep_jobs(*flags)
+    monkeypatch.setattr(sweep, "ray", None)
+    with FileLock(tmp_path / ".lock"):
+        with pytest.raises(common.UserError, match="another sweep runs there"):
+            sweep.main()
+    with pytest.raises(common.UserError, match="needs Ray"):
+        sweep.main()
+
+
 def test_a_finished_sweep_is_a_table(sweep_jobs, tmp_path, monkeypatch, capfd):
     flags = ["--scripts", *SCRIPTS, "--envs", NAME, "--run-dir", tmp_path, "--", *FLAGS]
     for job in sweep_jobs(*flags):
@@ -411,6 +439,9 @@ def test_states(sweep_prints, sweep_jobs, tmp_path):
     text = (folder / "eval.csv").read_text()
     (folder / "eval.csv").write_text(re.sub(r"(?<=\d),[.\d]+,", ",nan,", text))
     assert sweep.score(folder) == "return -9"
+    (folder / "train.csv").unlink()
+    (folder / "train.csv").mkdir()  # cannot be read
+    assert sweep.status([running], 0, 0)[1].endswith(": step 0 of 300")
 
     for step, is_finished in ((299, False), (300, True)):
         torch.save(dict(step=step), folder / "checkpoint.pt")
