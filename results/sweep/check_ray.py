@@ -85,16 +85,29 @@ def rows(path):
     return found
 
 
+def first_rows(folder):
+    """The lines of train.csv until the first checkpoint, at step 300, with their speed.
+
+    A run that was resumed has them as they were; they differ in one that began again.
+    """
+    return (folder / "train.csv").read_text().splitlines()[:4]
+
+
 def job_folder(run_dir, seed):
     (folder,) = run_dir.glob(f"pointmaze*__qflow__{seed}__*")
     return folder
 
 
 def wait_for_checkpoints(sweep, run_dir, seeds):
+    """Wait for the jobs' first checkpoints; returns their first rows, seed -> lines."""
+    found = {}
     for seed in seeds:
         while not list(run_dir.glob(f"pointmaze*__qflow__{seed}__*/checkpoint.pt")):
             assert sweep.poll() is None, sweep.communicate()
             time.sleep(0.05)
+        found[seed] = first_rows(job_folder(run_dir, seed))
+        assert len(found[seed]) == 4 and "time_updates_per_s" in found[seed][0]
+    return found
 
 
 def wait_for_end(pids):
@@ -105,13 +118,18 @@ def wait_for_end(pids):
         time.sleep(0.05)
 
 
-def compare(run_dir, whole, starts):
-    """starts: seed -> how often the job has been started by the last sweep."""
+def compare(run_dir, whole, starts, before):
+    """starts: seed -> how often the job has been started by the last sweep.
+
+    before: seed -> the first rows as they were before the job was stopped.
+    """
     for seed, expected in starts.items():
         folder = job_folder(run_dir, seed)
         reference = job_folder(whole, seed)
         for name in ("train.csv", "eval.csv"):
             assert rows(folder / name) == rows(reference / name), (folder, name)
+        if seed in before:
+            assert first_rows(folder) == before[seed], folder
         found = (folder / "output.txt").read_text().count("settings: ")
         assert found == expected, (folder, found)
         say(f"seed {seed}: begun {found} times in this sweep; its CSV files equal the reference's")
@@ -128,32 +146,32 @@ def check_killed_and_failing_jobs(run_dir, whole):
     say("\n== two jobs fail, since the dataset is not theirs; another one is killed with SIGKILL")
     path = Path("~/.ogbench/collected").expanduser() / f"{ENV}.npz"
     sweep = start_sweep(run_dir, ["antmaze-medium-navigate-v0", ENV], ["--dataset", path])
-    wait_for_checkpoints(sweep, run_dir, [0])
+    before = wait_for_checkpoints(sweep, run_dir, [0])
     os.kill(main_process(job_folder(run_dir, 0)), signal.SIGKILL)
     say("killed seed 0's script after its first checkpoint")
     end_of(sweep, 1)
-    compare(run_dir, whole, {0: 2, 1: 1})
+    compare(run_dir, whole, {0: 2, 1: 1}, before)
 
 
 def check_interrupted_sweep(run_dir, whole):
     say("\n== the sweep is interrupted (Ctrl-C), then started again")
     sweep = start_sweep(run_dir)
-    wait_for_checkpoints(sweep, run_dir, [0, 1])
+    before = wait_for_checkpoints(sweep, run_dir, [0, 1])
     pids = process_ids("qflow.py --resume", run_dir)
     os.killpg(sweep.pid, signal.SIGINT)
     end_of(sweep, 130)
     wait_for_end(pids)
     say("no process of a job is left")
     end_of(start_sweep(run_dir), 0)
-    compare(run_dir, whole, {0: 1, 1: 1})
+    compare(run_dir, whole, {0: 1, 1: 1}, before)
     say("once more:")
     end_of(start_sweep(run_dir), 0)
 
 
 def call_ray(words):
     say(f"ray {words}")
-    ray = Path(sys.executable).with_name("ray")
-    subprocess.run([ray, *words.split()], check=True, stdout=subprocess.DEVNULL)
+    program = Path(sys.executable).with_name("ray")
+    subprocess.run([program, *words.split()], check=True, stdout=subprocess.DEVNULL)
 
 
 def check_two_machines(run_dir, whole):
@@ -167,7 +185,7 @@ def check_two_machines(run_dir, whole):
             (new,) = set(process_ids("raylet/raylet --raylet_socket_name")) - set(raylets)
             raylets.append(new)
         sweep = start_sweep(run_dir)
-        wait_for_checkpoints(sweep, run_dir, [0, 1])
+        before = wait_for_checkpoints(sweep, run_dir, [0, 1])
         pids = {seed: main_process(job_folder(run_dir, seed)) for seed in (0, 1)}
         machine = {seed: raylets.index(parent(parent(pid))) for seed, pid in pids.items()}
         assert sorted(machine.values()) == [0, 1], machine
@@ -176,7 +194,7 @@ def check_two_machines(run_dir, whole):
         wait_for_end([pids[moved]])
         say(f"killed the second machine's raylet; seed {moved}, which ran there, is gone too")
         end_of(sweep, 0)
-        compare(run_dir, whole, {moved: 2, 1 - moved: 1})
+        compare(run_dir, whole, {moved: 2, 1 - moved: 1}, before)
     finally:
         call_ray("stop --force")
 

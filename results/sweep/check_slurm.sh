@@ -64,6 +64,10 @@ until [ -e "$(folder 2 jobs.txt)/checkpoint.pt" ]; do
     squeue --noheader | grep -q .
     sleep 0.2
 done
+# Its rows until then, with their speed: computed anew they would differ.
+head -n 4 "$(folder 2 jobs.txt)/train.csv" > before.csv
+grep -q time_updates_per_s before.csv
+[ "$(wc -l < before.csv)" = 4 ]
 squeue --array
 say "line 2 has a checkpoint: scontrol requeue ${id}_2"
 scontrol requeue "${id}_2"
@@ -89,5 +93,7 @@ for line in 1 2 3 4; do
     say "line $line, $(basename "$one"): eval.csv and train.csv equal the uninterrupted run's"
     grep -ahE "finished|interrupted|error" "slurm-${id}_$line.out" | sed 's/^/    /'
 done
+head -n 4 "$(folder 2 jobs.txt)/train.csv" | cmp - before.csv
+say "line 2 has the first rows that it had before it was requeued: it was resumed"
 say "line 2 once more:"
 eval "$(sed -n 2p jobs.txt)" 2> /dev/null | tail -n 1
