@@ -6,6 +6,7 @@ What Ray does is checked by results/sweep/check_ray.py, SLURM by check_slurm.sh 
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -252,14 +253,16 @@ def test_the_commands_with_xargs_one_of_them_killed(
     home.mkdir()
     (site / "sitecustomize.py").write_text(SITE)
     (home / "collections.txt").touch()
-    flags = ["--scripts", *SCRIPTS, "--envs", NAME, "--run-dir", home / "runs", "--", *FLAGS]
-    jobs = sweep_jobs(*flags)
-    commands = sweep_prints(*flags)
-    first, last = (job.folder for job in jobs)
+    flags = ["--scripts", *SCRIPTS, "--envs", NAME, "--seeds", 0, 1, "--run-dir", home / "runs"]
+    jobs = sweep_jobs(*flags, "--", *FLAGS)[:3]
+    commands = sweep_prints(*flags, "--", *FLAGS)[:3]
+    first, _, last = (job.folder for job in jobs)
+    xargs = shlex.split(re.search(r"^(xargs .*) < jobs.txt", README, re.M)[1])
+    xargs[xargs.index("-P") + 1] = "2"
 
     def start():
         process = subprocess.Popen(
-            ["xargs", "-d", "\n", "-P", "2", "-I", "LINE", "sh", "-c", "LINE"],
+            xargs,
             cwd=home,
             env={**os.environ, "HOME": str(home), "PYTHONPATH": f"{site}:{ROOT}"},
             stdin=subprocess.PIPE,
@@ -277,13 +280,17 @@ def test_the_commands_with_xargs_one_of_them_killed(
         time.sleep(0.01)
     os.kill(main_process(first), signal.SIGKILL)
     out, err = process.communicate(timeout=300)
-    assert process.returncode != 0 and out.count("finished; ") == 1, err
-    assert [sweep.is_finished(job) for job in jobs] == [False, True]
+    assert process.returncode == 123 and out.count("finished; ") == 2, err
+    assert [sweep.is_finished(job) for job in jobs] == [False, True, True]
+    until_checkpoint = (first / "train.csv").read_text().splitlines()[: 1 + 100 // 20]
     process = start()
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and out.count("finished; ") == 2, err
+    assert process.returncode == 0 and out.count("finished; ") == 3, err
     assert all(sweep.is_finished(job) for job in jobs)
     assert len((home / "collections.txt").read_text().splitlines()) == 1  # for all jobs
+    resumed = (first / "train.csv").read_text().splitlines()
+    assert "time_updates_per_s" in resumed[0]  # equal only if these rows were not computed anew
+    assert resumed[: len(until_checkpoint)] == until_checkpoint
 
     monkeypatch.setenv("HOME", str(home))
     for script, folder in ((qflow, first), (fql, last)):
