@@ -55,7 +55,7 @@ settings="$settings --eval-episodes 1"
 say() { echo "$(date +%T) $*"; }
 folder() { sed -n "$1p" "$2" | sed 's/.*--resume //'; }
 
-echo "python results/sweep.py $flags --print -- $settings > jobs.txt"
+echo "python results/sweep.py ${flags//$root\/} --print -- $settings > jobs.txt"
 python "$root/results/sweep.py" $flags --run-dir array --print -- $settings > jobs.txt
 echo 'sbatch --array=1-4 --requeue --wrap '\''eval "$(sed -n ${SLURM_ARRAY_TASK_ID}p jobs.txt)"'\'
 id=$(sbatch --parsable --array=1-4 --requeue --wrap 'eval "$(sed -n ${SLURM_ARRAY_TASK_ID}p jobs.txt)"')
