@@ -50,7 +50,7 @@ import qflow  # noqa: E402
 Dataset = Literal["swiss-roll", "two-spirals", "moons", "eight-gaussians"]
 DATASETS = get_args(Dataset)
 METHODS = {"BPTT": bptt, "FQL": fql, "Q-Flow": qflow}
-STRENGTHS = {5.0: "weak guidance", 1.0: "", 0.3: "strong guidance"}
+STRENGTHS = {5.0: "weak", 1.0: "", 0.3: "strong"}  # and what to call that guidance
 SETTINGS = dict(hidden=(128, 128, 128, 128), flow_steps=25, batch_size=256)
 NUM_POINTS = 10_000
 NUM_SAMPLES = 2_000  # of each policy
@@ -502,7 +502,7 @@ def draw_paths(name, folder, path):
 
 def draw_training(out):
     """Mean reward during the last phase, of every seed."""
-    figure = Figure(figsize=(16, 4.5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(16, 4), dpi=100, layout="constrained")
     colors = {"BPTT": "tab:red", "FQL": "tab:green", "Q-Flow": "tab:blue"}
     styles = dict(zip(STRENGTHS, (":", "--", "-")))
     curves = {"one-step policy, not guided": ("unguided.npz", ":", "0.5")}
@@ -519,7 +519,7 @@ def draw_training(out):
         axes.set(title=name, xlabel="share of the updates")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("mean reward")
-    figure.axes[0].legend(fontsize=9)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right", fontsize=11)
     figure.savefig(out / "training.png")
 
 
