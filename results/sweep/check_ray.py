@@ -25,6 +25,9 @@ FLAGS = """--hidden 8 --batch-size 16 --offline-steps 1200 --eval-interval 300 -
 
 
 def say(text):
+    """Print text, without colours and without what is above the repository."""
+    text = re.sub(r"\x1b\[\d*m", "", text)
+    text = text.replace(f"{ROOT}/", "").replace(str(Path.home()), "~")
     print(text, flush=True)
 
 
