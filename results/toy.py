@@ -403,7 +403,7 @@ def summarise(name, folders):
     first = problems[folders[0]]
     values = []
     for problem in problems.values():
-        fresh = make_problem(name, problem.seed + 2**20).points[:NUM_SAMPLES]
+        fresh = make_problem(name, problem.seed + 2**20).points
         values.append(numbers_of(fresh, problem))
     rows = [make_row(first, "fresh points of the data", "", values)]
     for policy in make_policies():
