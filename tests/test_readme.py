@@ -70,7 +70,7 @@ def test_a_trained_policy_is_here_and_reaches_the_goal(method):
 
 def test_the_snippet_that_loads_a_policy_runs_as_it_stands():
     (snippet,) = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)
-    numbers = re.findall(r"-?\d\.\d*", run(["-c", snippet], ROOT))
+    numbers = re.findall(r"-?\d\.\d*(?:e[+-]\d+)?", run(["-c", snippet], ROOT))
     assert len(numbers) == 10 and all(-1 <= float(x) <= 1 for x in numbers)  # five actions
 
 
