@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 import tyro
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results"), str(ROOT / "tests")]
@@ -204,6 +204,9 @@ def draw(rows, path):
             axes[i, j].set(xscale="log", yscale="log")
             axes[i, j].grid(alpha=0.3)
         axes[i, 0].set_ylabel(label)
+        axes[i, 0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes[i, 0].yaxis.set_major_formatter("{x:g}")
+        axes[i, 0].yaxis.set_minor_locator(NullLocator())
     for j, width in enumerate(widths):
         axes[0, j].set_title(f"networks of 4 × {width}")
         axes[1, j].set_xlabel("K, flow steps")
