@@ -1,4 +1,4 @@
-"""The numerics of the experiments in results/: backpropagation, best of N, toy, costs of K."""
+"""The numerics of the experiments in results/: backpropagation, Q of runs, toy, costs of K."""
 
 import csv
 import json
@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT / "results"))
 import best_of_n  # noqa: E402
 import bptt  # noqa: E402
 import flow_steps  # noqa: E402
+import q_by_distance  # noqa: E402
 import toy  # noqa: E402
 
 POINTMAZE = "pointmaze-medium-navigate-v0"
@@ -238,6 +240,65 @@ def test_best_of_n_evaluates_the_policies_of_a_run(tmp_path, capsys):
     assert any(float(row["success"]) for row in rows[:2])  # this policy reaches nearly every goal
     with pytest.raises(common.UserError, match="^--n 0: must be at least 1"):
         best_of_n.main(run, n=(4, 0))
+
+
+# ------------------------------------------------------------------------------- Q by the distance
+
+
+def test_distances_are_those_of_the_shortest_way_through_the_maze():
+    with gymnasium.make("antmaze-large-singletask-task1-v0") as env:
+        maze = env.unwrapped
+        distances = q_by_distance.distances_to_goal(maze)
+        assert distances[7, 10] == 0  # the goal of task 1, at the lower right
+        assert ((distances < 0) == (maze.maze_map == 1)).all()
+        for i, j in np.argwhere(distances > 0):
+            around = [distances[i + 1, j], distances[i - 1, j], distances[i, j + 1]]
+            around.append(distances[i, j - 1])
+            assert min(x for x in around if x >= 0) == distances[i, j] - 1
+    with gymnasium.make("cube-single-singletask-v0") as env:
+        with pytest.raises(common.UserError, match="CubeEnv: is no maze"):
+            q_by_distance.distances_to_goal(env.unwrapped)
+
+
+def test_q_values_are_the_critics_on_data_and_on_the_flows_actions():
+    args, nets, batch, _ = make(num_critics=3)
+    torch.manual_seed(1)
+    q, critics_differ, actions_differ = q_by_distance.q_values(nets, batch, args, num_actions=5)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        all_q = nets.critic(batch.observations, batch.actions)
+        others = []
+        for _ in range(5):
+            z = torch.randn_like(batch.actions)
+            actions = fql.rollout(nets.velocity, batch.observations, z, z[:, :1] * 0, 6)
+            others.append(nets.critic(batch.observations, actions).mean(0).numpy())
+    assert np.allclose(q, all_q.numpy().mean(0))
+    assert np.allclose(critics_differ, all_q.numpy().std(0))
+    assert np.allclose(actions_differ, np.std(others, axis=0, ddof=1))
+
+
+def test_q_of_trained_policies_falls_with_the_distance(tmp_path, data):
+    runs = []
+    for name in ("qflow", "fql"):
+        run = tmp_path / name
+        shutil.copytree(ROOT / f"results/policies/{name}-pointmaze-medium", run)
+        state = torch.load(run / "checkpoint.pt", weights_only=True)
+        state["config"]["args"]["dataset"] = str(data)
+        torch.save(state, run / "checkpoint.pt")
+        runs.append(run)
+    q_by_distance.main(tuple(runs), samples=1000, out=tmp_path)
+    with open(tmp_path / "q_by_distance.csv") as file:
+        rows = list(csv.DictReader(file))
+    for run in runs:
+        own = [row for row in rows if row["run"] == run.name]
+        assert sum(int(row["samples"]) for row in own) == 1000
+        assert float(own[0]["q"]) > -60 > -130 > float(own[-1]["q"])
+    assert (tmp_path / "q_by_distance.png").exists()
+
+    with pytest.raises(common.UserError, match="^--cells 0: must be at least 1"):
+        q_by_distance.main(tuple(runs), cells=0)
+    with pytest.raises(common.UserError, match="nowhere: "):
+        q_by_distance.main((tmp_path / "nowhere",))
 
 
 # --------------------------------------------------------------------------------------------- toy
