@@ -30,7 +30,7 @@ import torch
 import torch.nn as nn
 import tyro
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
@@ -172,7 +172,7 @@ def gradients(
         dataset_name, env_id, args.dataset, args.dataset_url, device, args.sparse
     )
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     rows = []
     for name, label, nets, trained_k in measured:
@@ -190,8 +190,11 @@ def gradients(
     axes.set(xscale="log", yscale="log")
     axes.set_xticks(steps, labels=[str(k) for k in steps])
     axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     out.mkdir(parents=True, exist_ok=True)
     figure.savefig(out / "gradients.png", dpi=150)
     norms = ["q_grad_norm", "dq_da_norm", "relative_norm", "flow_matching_grad_norm"]
