@@ -172,7 +172,7 @@ def measure(
                 flags += f" --device {torch_device} --threads {threads}"
                 command = [sys.executable, __file__, "memory", *flags.split()]
                 result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-                deciles = statistics.quantiles(times[method], n=10)
+                deciles = statistics.quantiles(times[method], n=10, method="inclusive")
                 row = dict(
                     width=width,
                     K=k,

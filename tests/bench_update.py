@@ -88,7 +88,7 @@ def milliseconds(function, seconds, device, burn_in):
             function()
         wait()
         times.append((time.perf_counter() - start) / calls * 1e3)
-    deciles = statistics.quantiles(times, n=10)
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
     return statistics.median(times), deciles[0], deciles[-1]
 
 
