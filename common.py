@@ -162,6 +162,10 @@ class Dataset:
             observations=observations, actions=actions, rewards=rewards, masks=masks, valids=valids
         )
         check_arrays(arrays)
+        for name, array in arrays.items():
+            ndim = 2 if name in ("observations", "actions") else 1
+            if array.ndim != ndim:
+                raise ValueError(f"{name} has shape {array.shape}, not {ndim} dimensions")
         if len(valids) > 0 and (not np.any(valids) or valids[-1] != 0):
             raise ValueError("no transitions, or no end of an episode in the last row")
         if (np.abs(actions) > 1).any():
@@ -322,7 +326,7 @@ def read_ogbench_file(path):
 def sparse_reward(reward):
     """0 if the task is solved, else -1.
 
-    reward: minus the number of unsolved parts, as in OGBench's scene and puzzle; a number or array.
+    reward: a number, minus the number of unsolved parts, as in OGBench's scene and puzzle.
     """
     return (reward == 0) - 1.0
 
@@ -330,8 +334,9 @@ def sparse_reward(reward):
 def load_dataset(path, env_id, device, sparse=False):
     """A file in OGBench's layout -> (Dataset with the rewards of env_id, where the data are from).
 
-    A file without positions keeps the rewards and masks that it has. sparse: the rewards become
-    those of `sparse_reward`, the masks stay. Raises UserError.
+    A file without positions keeps the rewards and masks that it has. sparse: the rewards become 0
+    where the mask is 0, which means solved, and -1 elsewhere, as in `sparse_reward`. Raises
+    UserError.
     """
     data, source = read_ogbench_file(path)
     with gymnasium.make(env_id) as env:
@@ -346,7 +351,7 @@ def load_dataset(path, env_id, device, sparse=False):
             if "rewards" not in data:
                 ogbench.relabel_utils.relabel_dataset(env_id, env, data)  # adds both
             if sparse:
-                data["rewards"] = sparse_reward(data["rewards"])
+                data["rewards"] = (data["masks"] == 0) - 1.0
             dataset = Dataset(
                 observations=data["observations"],
                 actions=np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5),  # as the authors do

@@ -388,7 +388,8 @@ def critic_loss(nets, batch, target):
 def value_loss(nets, batch, xt, t, target, args):
     """Flow consistency: a point on the flow has the value of its end, the target (B,).
 
-    With q_agg min each sample trains the smallest head only, while `guidance` uses their mean.
+    With q_agg min each sample trains the smallest head only, while `guidance` uses their mean. With
+    rho V is the plain mean: the pessimism is in the target.
     """
     v = aggregate(nets.value(batch.observations, xt, t), args.q_agg)
     loss = (batch.valid[:, -1] * (v - target) ** 2).mean()

@@ -58,8 +58,14 @@ def main(
     device = fql.choose_device(device)
     args = fql.saved_args(common.read_checkpoint(run, "fql.py"))
     *_, env_id = common.resolve_task(args.env, args.task)
+
+    def make_env():
+        env = gymnasium.make(env_id)
+        if args.sparse:
+            env = gymnasium.wrappers.TransformReward(env, common.sparse_reward)
+        return env
+
     rows = []
-    make_env = partial(gymnasium.make, env_id)
     with closing(fql.make_envs(make_env, min(episodes, 25))) as envs:  # before CUDA: they fork
         fql.set_matmul_precision("auto", device)
         nets, _ = fql.load(run, device)

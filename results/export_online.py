@@ -3,7 +3,8 @@
     python results/export_online.py runs/RUN online.npz
 
 It has the rewards and masks of the run's task instead of positions, so `--dataset online.npz`
-trains on it for that task, and ogbench.load_dataset reads it.
+trains on it for that task (after a run with --sparse, with --sparse again), and
+ogbench.load_dataset reads it.
 """
 
 import sys

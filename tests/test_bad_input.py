@@ -407,7 +407,7 @@ def test_what_a_run_may_change(finished, start, refused, monkeypatch):
     free = {"offline_steps", "online_steps", "eval_interval", "eval_episodes", "log_interval"}
     free |= {"compile", "track"}
     other = {"device", "dataset", "dataset_url", "resume", "evaluate", "video"}
-    other |= {"sparse", "rho"}  # which exclude each other with the run's environment and q_agg
+    other |= {"sparse", "rho"}  # impossible with this run's environment and q_agg: the next test
     saved = json.loads((finished / "config.json").read_text())["args"]
     for name in saved.keys() - free - other:
         flag = "--" + name.replace("_", "-")
@@ -430,6 +430,19 @@ def test_what_a_run_may_change(finished, start, refused, monkeypatch):
     args = vars(qflow.parse_args())
     changes.update(compile=True, track=True, dataset="elsewhere.npz")
     assert {name: args[name] for name in changes} == changes
+
+
+def test_a_run_keeps_its_pessimism_and_its_rewards(finished, refused, tmp_path):
+    state = torch.load(finished / "checkpoint.pt", weights_only=True)
+    changes = dict(env="puzzle-3x3-play-v0", q_agg="mean", rho=0.5, sparse=True)
+    state["config"]["args"].update(changes)
+    run = tmp_path / "sparse_run"
+    run.mkdir()
+    torch.save(state, run / "checkpoint.pt")
+    for mode in ("--resume", "--evaluate"):
+        for flag, old in (("--rho 0.7", 0.5), ("--rho 0.0", 0.5), ("--no-sparse", True)):
+            says = [flag.removeprefix("--no-"), f"{run} was trained with {old}"]
+            refused("qflow", mode, run, *flag.split(), says=says)
 
 
 def test_what_an_evaluation_may_change(finished, start, refused, monkeypatch, capsys):

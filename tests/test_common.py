@@ -320,6 +320,8 @@ def test_a_million_antmaze_transitions_fit_in_a_third_of_a_gigabyte():
         (dict(rewards=np.zeros(3)), "rewards has the wrong length"),
         (dict(observations=np.zeros((21, 3))), "observations has the wrong length"),
         (dict(masks=np.full(22, np.nan)), "masks has NaN, infinity"),
+        (dict(rewards=np.zeros((22, 1))), "rewards has shape (22, 1), not 1 dimensions"),
+        (dict(actions=np.zeros((22, 2, 1))), "actions has shape (22, 2, 1), not 2 dimensions"),
         (dict(actions=np.full((22, 2), 1.5)), "actions beyond [-1, 1]"),
         (dict(valids=np.ones(22)), "no end of an episode in the last row"),
         (dict(valids=np.zeros(22)), "no transitions"),
@@ -496,15 +498,14 @@ def test_a_file_with_rewards_can_be_made_sparse(collected, tmp_path):
     with np.load(collected) as file:
         arrays = {name: file[name] for name in ("observations", "actions", "terminals")}
     path = tmp_path / "online.npz"
-    rewards = -(np.arange(len(arrays["terminals"])) % 4).astype(np.float32)
-    common.write_dataset(path, "collected online", dict(arrays, rewards=rewards, masks=rewards < 0))
-    for _ in range(2):  # what is sparse already stays as it is
+    unsolved = np.arange(len(arrays["terminals"])) % 4
+    masks = unsolved > 0
+    for rewards in (-unsolved, 1 - masks, -1 * masks):  # per part, 1 when solved, sparse already
+        content = dict(arrays, rewards=rewards.astype(np.float32), masks=masks)
+        common.write_dataset(path, "collected online", content)
         dataset, _ = common.load_dataset(path, ENV_ID, "cpu", sparse=True)
         assert dataset.rewards[:8].tolist() == [0, -1, -1, -1] * 2
         assert torch.equal(dataset.masks, -dataset.rewards)
-        rewards = dataset.rewards.numpy()
-        content = dict(arrays, rewards=rewards, masks=dataset.masks.numpy())
-        common.write_dataset(path, "collected online", content)
 
 
 def test_files_that_are_damaged_or_something_else(collected, tmp_path):

@@ -242,6 +242,25 @@ def test_best_of_n_evaluates_the_policies_of_a_run(tmp_path, capsys):
         best_of_n.main(run, n=(4, 0))
 
 
+def test_best_of_n_counts_the_rewards_that_the_run_counted(monkeypatch):
+    rewards = []
+
+    def make_envs(make_env, num_envs):
+        with make_env() as env:
+            env.reset(seed=0)
+            rewards.append(env.step(np.zeros(5))[1])
+        raise KeyboardInterrupt  # the rest is the same for all runs
+
+    monkeypatch.setattr(fql, "make_envs", make_envs)
+    monkeypatch.setattr(common, "read_checkpoint", lambda run, script: None)
+    for sparse in (False, True):
+        args = fql.Args(env="puzzle-3x3-play-v0", sparse=sparse)
+        monkeypatch.setattr(fql, "saved_args", lambda state, args=args: args)
+        with pytest.raises(KeyboardInterrupt):
+            best_of_n.main(Path("a_run"))
+    assert rewards[0] < -1 and rewards[1] == -1
+
+
 # ------------------------------------------------------------------------------- Q by the distance
 
 
