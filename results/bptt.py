@@ -216,3 +216,6 @@ if __name__ == "__main__":
             fql.main()
     except common.UserError as error:
         sys.exit(f"bptt.py: error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
