@@ -33,7 +33,7 @@ SMALL = "--device cpu --hidden 16 16 --batch-size 16 --eval-episodes 2 --seed 3"
 OFFLINE = f"{SMALL} --offline-steps 60 --eval-interval 30 --log-interval 7 --horizon 2".split()
 ONLINE = f"""{SMALL} --online-steps 400 --eval-interval 100 --log-interval 25 --learning-starts 50
     --env Hopper-v5 --policy-width 8""".split()
-BOTH = [*OFFLINE, "--online-steps", "240"]  # one phase after the other
+BOTH = [*OFFLINE, *"--eval-interval 60 --online-steps 240".split()]  # one phase after the other
 BOTH_OF_FLOW_SAC = [*BOTH, *f"--env {NAME} --learning-starts 100 --policy-width 8".split()]
 RUNS = {"qflow": [*OFFLINE, "--time-dim", "4"], "fql": OFFLINE, "flow_sac": ONLINE}
 POLICIES = [("flow_sac", policy) for policy in ("flow-t", "flow-g", "naive")]
@@ -209,15 +209,15 @@ def test_killed_in_the_online_phase_it_keeps_what_it_collected(script, home, cal
     process = start(home, script, *flags, "--run-dir", tmp_path)
 
     def is_online():
-        return any(len(rows(path.parent, "eval.csv")) > 5 for path in tmp_path.glob("*/eval.csv"))
+        return any(len(rows(path.parent, "eval.csv")) > 3 for path in tmp_path.glob("*/eval.csv"))
 
-    wait_for(process, is_online)  # after step 150
+    wait_for(process, is_online)  # after step 180
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=100)
     (folder,) = tmp_path.iterdir()
     before = read(folder)
     step = before["step"]
-    assert step in range(120, 300, 30)
+    assert step in (120, 180, 240)
     kept = before["collected"]
     assert kept["valids"].tolist() == [1] * (step - 60) + [0]  # one episode so far
     logged = {name: rows(folder, name) for name in ("train.csv", "eval.csv")}
@@ -231,11 +231,11 @@ def test_killed_in_the_online_phase_it_keeps_what_it_collected(script, home, cal
     assert after["collected"]["valids"].tolist() == valids
     for name, tensor in kept.items():
         assert torch.equal(after["collected"][name][: len(tensor)], tensor), name
-    for name, interval in (("train.csv", 7), ("eval.csv", 30)):
+    for name, interval in (("train.csv", 7), ("eval.csv", 60)):
         expected = [row for row in logged[name] if not row[0].isdigit() or int(row[0]) <= step]
         found = rows(folder, name)
         assert found[: len(expected)] == expected
-        steps = {*range(interval, 301, interval), *range(30, 301, 30)}
+        steps = {*range(interval, 301, interval), *range(60, 301, 60)}
         if script == "flow_sac" and name == "train.csv":
             steps -= {*range(61, 161)}  # it only collects
         assert [int(row[0]) for row in found[1:]] == sorted(steps)
@@ -245,7 +245,7 @@ def test_killed_in_the_online_phase_it_keeps_what_it_collected(script, home, cal
 
 @pytest.mark.parametrize("script, policy", [("qflow", ""), ("fql", ""), *POLICIES])
 def test_going_online_later_is_going_online_at_once(script, policy, call, tmp_path):
-    flags = OFFLINE
+    flags = BOTH
     if script == "flow_sac":
         flags = [*BOTH_OF_FLOW_SAC, "--learning-starts", 10, "--policy", policy]
     at_once, later = tmp_path / "at_once", tmp_path / "later"
