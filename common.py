@@ -165,7 +165,7 @@ class Dataset:
         for name, array in arrays.items():
             ndim = 2 if name in ("observations", "actions") else 1
             if array.ndim != ndim:
-                raise ValueError(f"{name} has shape {array.shape}, not {ndim} dimensions")
+                raise ValueError(f"{name} has {array.ndim} dimensions, must have {ndim}")
         if len(valids) > 0 and (not np.any(valids) or valids[-1] != 0):
             raise ValueError("no transitions, or no end of an episode in the last row")
         if (np.abs(actions) > 1).any():
