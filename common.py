@@ -594,15 +594,17 @@ def git_commit():
     return result.stdout.strip() or None
 
 
-def start_wandb(folder, config):
-    """A Weights & Biases run; project and entity come from WANDB_PROJECT and WANDB_ENTITY."""
+def start_wandb(folder, config, wandb_id=None):
+    """A Weights & Biases run; project and entity come from WANDB_PROJECT and WANDB_ENTITY.
+
+    wandb_id: of the run to go on with; None begins one.
+    """
     try:
         import wandb
     except ImportError:
         raise UserError("--track: needs Weights & Biases: pip install wandb") from None
-    name = folder.name
     try:
-        return wandb.init(name=name, id=name, dir=folder, config=config, resume="allow")
+        return wandb.init(name=folder.name, id=wandb_id, dir=folder, config=config, resume="allow")
     except wandb.errors.Error as error:
         raise UserError(f"--track: {error}") from None
 
@@ -685,10 +687,14 @@ class Run:
         elif self.num_lines("eval.csv") > 2:  # a checkpoint follows each evaluation: it was removed
             hint = "remove its CSV files to begin anew"
             raise UserError(f"--resume {self.folder}: has no checkpoint.pt; {hint}")
+        wandb_id = state.get("config", {}).get("wandb_id")
+        if self.track:
+            self.wandb = start_wandb(self.folder, self.config, wandb_id)
+            wandb_id = self.wandb.id
+        if wandb_id:  # not the folder's name: a sweep may have had one of that name before
+            self.config["wandb_id"] = wandb_id
         text = json.dumps(self.config, indent=2)
         write_file(self.folder / "config.json", text.encode())
-        if self.track:
-            self.wandb = start_wandb(self.folder, self.config)
         saved_rows = []
         for name in ("train.csv", "eval.csv"):
             (self.folder / name).unlink(missing_ok=True)  # rows after the checkpoint come anew

@@ -340,6 +340,14 @@ def test_tracked_rows_are_those_of_the_csv_files(dataset_file, tmp_path, monkeyp
     assert num_values == sum("/" in name for _, name in logged) == 4 * 10 + 2 * 5
     assert config["args"]["offline_steps"] == 4 and config["script"] == "qflow.py"
 
+    wandb_id = json.loads((folder / "config.json").read_text())["wandb_id"]
+    assert wandb_id != folder.name  # there is another run with this name if a sweep begins anew
+    for track in ("--no-track", "--track"):
+        start_here(monkeypatch, qflow, "--resume", folder, "--offline-steps", "6", track)
+    wandb.teardown()
+    names = [path.stem for path in folder.glob("wandb/offline-run-*/run-*.wandb")]
+    assert names == 2 * [f"run-{wandb_id}"]  # before and after the resume
+
 
 def test_tracking_without_the_package_is_one_line(dataset_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
