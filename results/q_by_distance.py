@@ -10,6 +10,9 @@ group:
     critics_differ  the standard deviation between the critics
     actions_differ  the standard deviation of q over 16 actions of the flow from the same state:
                     what an improvement of the policy can go by
+    gradient        the norm of the gradient of q by the action, at those of the dataset: in FQL's optimum
+                    the policy's action is A / (2 alpha) times this away from the flow's, with A
+                    action dimensions, as far as q is linear there
 
 Every step costs 1, so that no return is below -1 / (1 - discount): what is below is no value of any
 policy. Writes q_by_distance.csv and q_by_distance.png, in which that bound is dashed.
@@ -68,7 +71,12 @@ def distances_to_goal(env):
 
 @torch.no_grad()
 def q_values(nets, batch, args, num_actions=16):
-    """Q, its standard deviation between the critics, and over actions of the flow: (B,) each."""
+    """Q, its std between the critics, its std over actions of the flow, its gradient: (B,) each."""
+
+    def total_q(actions):  # summed over the batch: each sample has the gradient of its own value
+        return nets.critic(batch.observations, actions).mean(0).sum()
+
+    gradient = torch.func.grad(total_q)(batch.actions).norm(dim=-1)
     q = nets.critic(batch.observations, batch.actions)
     over_actions = []
     for _ in range(num_actions):
@@ -76,7 +84,8 @@ def q_values(nets, batch, args, num_actions=16):
         start = torch.zeros_like(z[:, :1])
         actions = fql.rollout(nets.velocity, batch.observations, z, start, args.flow_steps)
         over_actions.append(nets.critic(batch.observations, actions).mean(0))
-    return q.mean(0), q.std(0, unbiased=False), torch.stack(over_actions).std(0)
+    actions_differ = torch.stack(over_actions).std(0)
+    return q.mean(0), q.std(0, unbiased=False), actions_differ, gradient
 
 
 def main(
@@ -142,7 +151,8 @@ def main(
     figure.savefig(out / "q_by_distance.png", dpi=150)
     with open(out / "q_by_distance.csv", "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["run", "cells", "samples", "q", "critics_differ", "actions_differ"])
+        columns = ["q", "critics_differ", "actions_differ", "gradient"]
+        writer.writerow(["run", "cells", "samples", *columns])
         writer.writerows(rows)
     print((out / "q_by_distance.csv").read_text(), end="")
 

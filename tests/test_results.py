@@ -282,7 +282,9 @@ def test_distances_are_those_of_the_shortest_way_through_the_maze():
 def test_q_values_are_the_critics_on_data_and_on_the_flows_actions():
     args, nets, batch, _ = make(num_critics=3)
     torch.manual_seed(1)
-    q, critics_differ, actions_differ = q_by_distance.q_values(nets, batch, args, num_actions=5)
+    q, critics_differ, actions_differ, gradient = q_by_distance.q_values(
+        nets, batch, args, num_actions=5
+    )
     torch.manual_seed(1)
     with torch.no_grad():
         all_q = nets.critic(batch.observations, batch.actions)
@@ -294,6 +296,13 @@ def test_q_values_are_the_critics_on_data_and_on_the_flows_actions():
     assert np.allclose(q, all_q.numpy().mean(0))
     assert np.allclose(critics_differ, all_q.numpy().std(0))
     assert np.allclose(actions_differ, np.std(others, axis=0, ddof=1))
+    slopes = []
+    for shift in 1e-6 * torch.eye(3, dtype=torch.float64):
+        with torch.no_grad():
+            higher = nets.critic(batch.observations, batch.actions + shift).mean(0)
+            lower = nets.critic(batch.observations, batch.actions - shift).mean(0)
+        slopes.append((higher - lower).numpy() / 2e-6)
+    assert np.allclose(gradient, np.linalg.norm(slopes, axis=0), rtol=1e-5)
 
 
 def test_q_of_trained_policies_falls_with_the_distance(tmp_path, data):
