@@ -1,6 +1,6 @@
 """Is it Q or the policy? What an FQL run's behaviour flow does alone, and with its learned Q.
 
-    python results/best_of_n.py RUN --n 4 16 64 --out results/antmaze-large/fql-seed0/best_of_n.csv
+    python results/best_of_n.py RUN --n 4 16 64 --out RUN/best_of_n.csv
 
 Evaluates policies made of one checkpoint of fql.py, without any training, on the same episodes: the
 one-step policy, which the run itself evaluates; the behaviour flow; and, of N actions of the flow,

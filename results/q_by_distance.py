@@ -9,10 +9,11 @@ group:
     q               of the dataset's actions, the mean of the critics
     critics_differ  the standard deviation between the critics
     actions_differ  the standard deviation of q over 16 actions of the flow from the same state:
-                    what an improvement of the policy can go by
-    gradient        the norm of the gradient of q by the action, at those of the dataset: in the
-                    optimum of FQL's loss the policy's action is A / (2 alpha) times this away from
-                    the flow's, with A action dimensions, as far as q is linear there
+                    how steep q is among them, not whether it is right
+    gradient        the norm of the gradient of q by the action, at the dataset's actions. A policy
+                    of fql.py that minimised its loss exactly would be A / (2 alpha) times as far
+                    from the flow's action (A: all numbers of a chunk; q linear, actions inside
+                    [-1, 1], without --normalize-q-loss)
 
 Every step costs 1, so that no return is below -1 / (1 - discount): what is below is no value of any
 policy. Writes q_by_distance.csv and q_by_distance.png, in which that bound is dashed.
