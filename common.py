@@ -691,7 +691,7 @@ class Run:
         if self.track:
             self.wandb = start_wandb(self.folder, self.config, wandb_id)
             wandb_id = self.wandb.id
-        if wandb_id:  # not the folder's name: a sweep may have had one of that name before
+        if wandb_id:  # the folder's name would not do: another sweep may have had the same
             self.config["wandb_id"] = wandb_id
         text = json.dumps(self.config, indent=2)
         write_file(self.folder / "config.json", text.encode())

@@ -11,9 +11,9 @@ group:
     actions_differ  the standard deviation of q over 16 actions of the flow from the same state:
                     how steep q is among them, not whether it is right
     gradient        the norm of the gradient of q by the action, at the dataset's actions. A policy
-                    of fql.py that minimised its loss exactly would be A / (2 alpha) times as far
-                    from the flow's action (A: all numbers of a chunk; q linear, actions inside
-                    [-1, 1], without --normalize-q-loss)
+                    of fql.py that minimised its loss exactly would be this times A / (2 alpha)
+                    away from the flow's action (A: all numbers of a chunk; for a linear q, actions
+                    inside [-1, 1], no --normalize-q-loss)
 
 Every step costs 1, so that no return is below -1 / (1 - discount): what is below is no value of any
 policy. Writes q_by_distance.csv and q_by_distance.png, in which that bound is dashed.
