@@ -10,16 +10,13 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import time
 import zipfile
-import zlib
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -31,33 +28,16 @@ import ogbench
 import requests
 import torch
 from filelock import FileLock, Timeout
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
+# Named by OGBench's maintainer in issue 49, for when the official host cannot be reached.
 MIRROR = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main"
-
-# What NumPy, zipfile, ogbench and torch raise for a file that is damaged or something else.
-UNREADABLE = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    LookupError,
-    RuntimeError,
-    MemoryError,
-    OverflowError,
-    struct.error,
-    zlib.error,
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-)
 
 
 class UserError(Exception):
     """An error the user can fix; the scripts show it as one line, without a traceback."""
-
-
-class Diverged(UserError):
-    """A loss or a weight that is not finite; resuming would not help."""
 
 
 # ---------------------------------------------------------------------------------------- names
@@ -246,12 +226,7 @@ class Dataset:
         self.in_episode = not done
 
     def collected(self):
-        """What `append` added, a CPU tensor for each argument of the constructor (name -> tensor).
-
-        None if it added nothing.
-        """
-        if self.num_rows == self.num_given_rows:
-            return None
+        """What `append` added, on the CPU: a tensor for each argument of the constructor."""
         added = slice(self.num_given_rows, self.num_rows)
         return {name: getattr(self, name)[added].to("cpu", copy=True) for name in self.COLUMNS}
 
@@ -298,29 +273,41 @@ class Dataset:
         return self.chunks(starts, horizon, discount)
 
 
+# -------------------------------------------------------------------------------------- loading
+
+
+def data_folder():
+    """Where datasets are kept: $OGBENCH_DATA, by default OGBench's ~/.ogbench/data."""
+    try:
+        return Path(os.environ.get("OGBENCH_DATA", "~/.ogbench/data")).expanduser()
+    except RuntimeError:
+        hint = "set OGBENCH_DATA to a folder for datasets"
+        raise UserError(f"there is no home directory; {hint}") from None
+
+
 def read_ogbench_file(path):
     """The arrays of a file in OGBench's layout (name -> array), and where they are from.
 
     The second is None for official files, which do not say. Raises UserError.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged_member = archive.testzip()  # compares all checksums
-        if damaged_member:
-            raise ValueError(f"{damaged_member} is damaged")
+        if not is_complete(path):
+            raise ValueError("damaged, its checksums do not fit")
         with np.load(path) as file:
-            # OGBench computes rewards from the positions; what was collected online has its own.
-            has_rewards = "rewards" in file and "qpos" not in file
-            basis = {"rewards", "masks"} if has_rewards else {"qpos"}
-            missing = ({"observations", "actions", "terminals"} | basis) - set(file)
-            if missing:
-                raise ValueError(f"has no {', '.join(missing)}")
+            given = {name: file[name] for name in ("rewards", "masks") if name in file}
+            names = set(file)
             source = str(file["source"]) if "source" in file else None
-            rewards = {name: file[name] for name in basis} if has_rewards else {}
+        # OGBench computes rewards from the positions; what was collected online has its own.
+        basis = {"qpos"} if "qpos" in names else {"rewards", "masks"}
+        missing = ({"observations", "actions", "terminals"} | basis) - names
+        if missing:
+            raise ValueError(f"has no {', '.join(sorted(missing))}")
         data = ogbench.load_dataset(path, compact_dataset=True, add_info=True)
-        return {**data, **rewards}, source
-    except UNREADABLE as error:
+    except Exception as error:  # NumPy, zipfile and OGBench raise a dozen types
         raise UserError(f"{path}: not a usable dataset: {error}") from None
+    if "qpos" not in data:
+        data.update(given)
+    return data, source
 
 
 def sparse_reward(reward):
@@ -348,6 +335,9 @@ def load_dataset(path, env_id, device, sparse=False):
                 raise ValueError(f"observation, action sizes {found}; {env_id} has {expected}")
             if len(data["observations"]) == 0:
                 raise ValueError("no transitions")
+            low, high = data["actions"].min(), data["actions"].max()
+            if low < -1.0001 or high > 1.0001:  # 0.0001: rounding of the file's numbers
+                raise ValueError(f"actions in [{low:.4g}, {high:.4g}], must be in [-1, 1]")
             if "rewards" not in data:
                 ogbench.relabel_utils.relabel_dataset(env_id, env, data)  # adds both
             if sparse:
@@ -365,26 +355,30 @@ def load_dataset(path, env_id, device, sparse=False):
     return dataset, source
 
 
-def get_dataset(name, env_id, path="", url="", device="cpu", sparse=False):
+def get_dataset(name, env_id, source="", device="cpu", sparse=False):
     """The dataset `name` with the rewards of env_id -> (Dataset, description). Raises UserError.
 
-    The first of these that is there: the file `path`; the official file in ~/.ogbench/data; for
-    pointmaze-*-navigate, unless a url is given, one collected here; a download from `url`, a folder
-    or an npz file, by default OGBench's host.
+    source: an npz file or the URL of one. By default the first of these that is there: the official
+    file in `data_folder()`; for pointmaze-*-navigate, one collected here; a download of the
+    official file.
     """
-    official = Path("~/.ogbench/data").expanduser() / f"{name}.npz"
-    collected = Path("~/.ogbench/collected").expanduser() / f"{name}.npz"
-    if path:
-        path = Path(path)
-    elif url or os.path.exists(official) or not re.fullmatch("pointmaze-.*-navigate-v0", name):
-        path = official
-        make_once(path, lambda: download(name, url, path))
-    else:
-        path = collected
+    folder = data_folder()
+    path = folder / f"{name}.npz"
+    if source.startswith(("http://", "https://")):
+        file_name = source.partition("?")[0].rpartition("/")[2]
+        path = folder / "downloaded" / file_name
+        make_once(path, lambda: download([source], path))
+    elif source:
+        path = Path(source)
+    elif not path.exists() and re.fullmatch("pointmaze-.*-navigate-v0", name):
+        path = folder / "collected" / f"{name}.npz"
         make_once(path, lambda: collect_pointmaze(name, path))
-    dataset, source = load_dataset(path, env_id, device, sparse)
+    else:
+        hosts = (ogbench.utils.DATASET_URL, MIRROR)
+        make_once(path, lambda: download([f"{host}/{name}.npz" for host in hosts], path))
+    dataset, origin = load_dataset(path, env_id, device, sparse)
     counts = f"{len(dataset)} transitions, {dataset.num_episodes} episodes"
-    return dataset, f"{counts}, {source or 'no source stated, as in OGBench files'}"
+    return dataset, f"{counts}, {origin or 'no source stated, as in OGBench files'}"
 
 
 @contextmanager
@@ -398,17 +392,20 @@ def disk_errors(folder):
 
 def make_once(path, make):
     """Call make() unless the file exists; of several processes, one calls and the others wait."""
-    if os.path.exists(path):
+    if path.exists():
         return
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    try:
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            print(f"waiting for another process that makes {path}; its lock: {lock.lock_file}")
+            lock.acquire()
+    with lock:
         if not path.exists():
             make()
-    finally:
-        lock.release()
+    lock.release()
 
 
 def write_file(path, data):
@@ -432,63 +429,44 @@ def write_dataset(path, source, data):
     write_file(path, file.getbuffer())
 
 
-def download(name, url, path):
-    """Fetch the dataset `name` to `path`; url: a folder or an npz file, "" for OGBench's host.
-
-    Four attempts; each resumes where the last one was interrupted. Raises UserError.
-    """
-    url = (url or ogbench.utils.DATASET_URL).removesuffix("/")
-    if not url.endswith(".npz"):
-        url = f"{url}/{path.name}"
-    part = path.with_name(f"{path.name}.part")
-    for _ in range(4):
-        resumed = part.exists() and part.stat().st_size > 0
-        with disk_errors(path.parent):
-            try:
-                resumed = fetch(url, part) and resumed
-                if is_npz(part):
-                    os.replace(part, path)
-                    return
-                error = "the download is not an npz file"
-                part.unlink(missing_ok=True)
-                if not resumed:
-                    break
-                # The damage may be in what an earlier attempt left: once more from the start.
-            except (requests.RequestException, ValueError) as failure:
-                error = failure
-        time.sleep(1)
+def download(urls, path):
+    """Fetch an npz file to `path` from the first of these URLs that works. Raises UserError."""
+    temporary = path.with_name(f".{path.name}.part")
+    failures = []
+    for url in urls:
+        if failures:
+            print(f"{failures[-1]}; trying {url}")
+        try:
+            with requests.get(url, stream=True, timeout=20) as response:
+                response.raise_for_status()
+                size = int(response.headers.get("Content-Length", 0))
+                bar = tqdm(total=size, unit="B", unit_scale=True, desc=path.name)
+                with disk_errors(path.parent), open(temporary, "wb") as file, bar:
+                    for block in response.iter_content(2**20):
+                        bar.update(file.write(block))
+            if is_complete(temporary):
+                os.replace(temporary, path)
+                return
+            failures.append(f"{url}: not an npz file")
+        except (requests.RequestException, ValueError) as error:
+            failures.append(f"{url}: download failed ({error})")
+        finally:
+            temporary.unlink(missing_ok=True)
     raise UserError(
-        f"{url}: download failed ({error}); try the mirror that OGBench's issue 49 names: "
-        f"python {Path(sys.argv[0]).name} --env {name} --dataset-url {MIRROR}, "
-        f"or put {path.name} into {path.parent} by hand, or name a file with --dataset"
+        "\n  ".join(failures)
+        + f"\nThree ways out:\n  put {path.name} into {path.parent} by hand;"
+        + "\n  name a file or a URL with --dataset;"
+        + f"\n  collect one: python results/collect_antmaze.py {path.stem}"
+        + " (mazes of the ant), or results/collect_play.py (cube, scene, puzzle)"
     )
 
 
-def fetch(url, part):
-    """Append what is missing to the file `part`; returns False if it had to start from byte 0."""
-    size = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity", "Range": f"bytes={size}-"}
-    with requests.get(url, headers=headers, stream=True, timeout=(3, 6)) as response:
-        if response.status_code == 416:  # nothing is missing
-            return True
-        response.raise_for_status()
-        resumed = response.status_code == 206
-        if not resumed:  # 200: the host does not know ranges
-            size = 0
-        total = size + int(response.headers.get("Content-Length", 0))
-        bar = tqdm(total=total, initial=size, unit="B", unit_scale=True, desc=part.stem)
-        with open(part, "ab" if resumed else "wb") as file, bar:
-            for block in response.iter_content(2**18):
-                bar.update(file.write(block))
-    return resumed
-
-
-def is_npz(path):
-    """Whether the file is a zip archive whose checksums are all right."""
+def is_complete(path):
+    """Whether the file is a zip archive (as an npz file is) whose checksums are all right."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except UNREADABLE:
+    except Exception:  # zipfile raises a dozen types for what is no zip archive
         return False
 
 
@@ -560,28 +538,126 @@ def collect_episode(job):
     )
 
 
+# ----------------------------------------------------------------------- checks before training
+
+
+def check_numbers(args, may_be_zero):
+    """Raise UserError for flags that are negative, zero or too large. may_be_zero: their names."""
+    for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')} {value}"
+        if isinstance(value, (int, float)):
+            if name in may_be_zero and not value >= 0 and name != "target_entropy":
+                raise UserError(f"{flag}: must be at least 0")
+            if name not in may_be_zero and not (value > 0 or isinstance(value, bool)):
+                raise UserError(f"{flag}: must be positive")
+        if name in ("discount", "tau") and value > 1:
+            raise UserError(f"{flag}: must be at most 1")
+        if name == "hidden" and (len(value) == 0 or min(value) <= 0):
+            raise UserError(f"{flag}: needs positive widths")
+    if args.offline_steps + args.online_steps == 0:
+        raise UserError("--offline-steps and --online-steps: one must be positive")
+
+
+def check_compiler():
+    """Raise UserError unless torch can compile on this machine."""
+    try:
+        torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.ones(8))
+    except Exception as error:  # of the compiler, its headers, the linker, the cache's folder
+        text = str(error)
+        hint = "a C++ compiler is missing or too old: install g++, or name one in CXX"
+        if "Python.h" in text:
+            hint = "Python's headers are missing: install python3-dev (or python3-devel)"
+        elif "ermission" in text or "failed to map" in text:
+            hint = "set TORCHINDUCTOR_CACHE_DIR to a folder where programs can be executed"
+        raise UserError(f"--compile: torch cannot compile here; {hint}") from None
+
+
+def check_envs(env, envs):
+    """Raise UserError unless the environments have the form that training needs; tries a step.
+
+    env: one environment, envs: a vector environment for evaluation.
+    """
+    if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
+        raise UserError("envs: autoreset_mode must be SAME_STEP, which make_envs sets")
+    for kind, space in (("observation", env.observation_space), ("action", env.action_space)):
+        if not isinstance(space, Box) or len(space.shape) != 1:
+            raise UserError(f"the {kind} space is {space}, must be a Box of one dimension")
+    space = env.action_space
+    if space.dtype.kind != "f" or (space.low != -1).any() or (space.high != 1).any():
+        hint = "must be floating point from -1 to 1: see gymnasium.wrappers.RescaleAction"
+        raise UserError(f"the action space is {space}, {hint}")
+    has_limit = env.has_wrapper_attr("_max_episode_steps")
+    env.reset(seed=0)
+    try:
+        for _ in range(1 if has_limit else 10_000):
+            obs, _, terminated, truncated, _ = env.step(np.zeros(space.shape, space.dtype))
+            if obs.shape != env.observation_space.shape or not np.isfinite(obs).all():
+                raise ValueError(f"an observation of shape {obs.shape}, or not finite")
+            if terminated or truncated:
+                return
+    except (ValueError, TypeError) as error:
+        raise UserError(f"a step in the environment failed: {error}") from None
+    if not has_limit:
+        hint = "give it a time limit: gymnasium.wrappers.TimeLimit"
+        raise UserError(f"an episode has no end after 10,000 steps; {hint}")
+
+
 # --------------------------------------------------------------------------------- run's folder
 
 
-def read_checkpoint(folder, script):
-    """checkpoint.pt of a run of `script` as it was saved. Raises UserError.
-
-    A run that has not reached its first checkpoint, or was queued by a sweep, has config.json only:
-    then {config: ...}.
-    """
-    path = Path(folder) / "checkpoint.pt"
+def read_config(folder):
+    """config.json of a run. Raises UserError."""
+    path = Path(folder) / "config.json"
     try:
-        if path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            state = dict(config=json.loads((Path(folder) / "config.json").read_text()))
-        found = state["config"]["script"]
-    except UNREADABLE as error:
+        config = json.loads(path.read_text())
+        return {**config, "args": dict(config["args"])}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{folder}: damaged, or not a run: {error}") from None
+
+
+def read_checkpoint(folder):
+    """checkpoint.pt of a run, on the CPU. Raises UserError."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.exists():
+        raise UserError(f"{folder}: has no checkpoint.pt; start this run again by its own command")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {**state, "nets": dict(state["nets"])}
+    except Exception as error:  # pickle, zipfile and torch raise a dozen types
         reason = str(error).partition("\n")[0]  # torch goes on for several lines
-        raise UserError(f"{folder}: damaged, or not a run: {reason}") from None
-    if found != script:
-        raise UserError(f"{folder}: a run of {found}, not of {script}")
-    return state
+        raise UserError(f"{path}: damaged, or not a checkpoint: {reason}") from None
+
+
+def load_weights(nets, weights):
+    """Copy the weights of a checkpoint into the networks. Raises UserError."""
+    for name, tensor in nets.state_dict().items():
+        saved = weights.get(name)
+        if saved is None or saved.shape != tensor.shape:
+            shape = None if saved is None else tuple(saved.shape)
+            found = f"{name} is {shape} in the checkpoint and {tuple(tensor.shape)} here"
+            raise UserError(f"the checkpoint is of other networks: {found}")
+    nets.load_state_dict(weights)
+
+
+def has_checkpoint(folder):
+    """Whether `folder` is that of a run with a checkpoint; "" is none."""
+    return folder != "" and (Path(folder) / "checkpoint.pt").exists()
+
+
+def restore_generator(generator, state, seed):
+    """Set the state of a random generator, or a seed if the state is that of another device."""
+    try:
+        generator.set_state(state)
+    except RuntimeError:
+        print("the checkpoint is from another device: its random numbers cannot go on")
+        generator.manual_seed(seed)
+
+
+def print_changes(before, now):
+    """Print which settings of a resumed run are others than before (name -> value)."""
+    for name, value in now.items():
+        if json.dumps(before.get(name)) != json.dumps(value):
+            print(f"changed: {name} {before.get(name)} -> {value}")
 
 
 def git_commit():
@@ -622,40 +698,58 @@ def make_new_folder(path):
             folder = path.with_name(f"{path.name}-{number}")
 
 
-class Run:
-    """The folder of a run: config.json, train.csv, eval.csv, curve.png, checkpoint.pt.
+def cut_rows(path, step):
+    """Remove the rows of a CSV file that were logged after `step`: they will be logged again."""
+    lines = path.read_text().splitlines(keepends=True)
+    rows = [row for row in lines[1:] if row.endswith("\n") and int(row.split(",")[0]) <= step]
+    write_file(path, "".join(lines[:1] + rows).encode())
 
-    config: dict that JSON can hold; `script` is the name of the file that trains, `args` its
-    settings. resume: the folder is that of an earlier run; else, if it exists, a number is added to
-    its name. Use it in a with statement. Raises UserError.
+
+def read_columns(path):
+    """The columns of a CSV file of numbers (name -> array); none if there is no file or row."""
+    if not path.exists():
+        return {}
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    names = rows[0] if rows else []
+    return {name: np.array([float(row[name]) for row in rows]) for name in names}
+
+
+class Run:
+    """The folder of a run: config.json, train.csv, eval.csv, curve.png, checkpoint.pt and more.
+
+    folder: a number is added to its name if it exists. resume: it is the folder itself, that of an
+    earlier run if there is one. config: dict that JSON can hold; `script` is the name of the file
+    that trains, `args` its settings. Use it in a with statement. Raises UserError.
     """
 
     def __init__(self, folder, config, resume=False, track=False):
         self.folder = Path(folder)
-        self.rows = {}  # file name -> logged rows
-        self.shown = {}  # beside the progress bar
-        self.bar = None
+        self.track = track
         self.wandb = None
-        self.warned = False
+        self.bar = None
+        self.shown = {}  # beside the progress bar
+        self.columns = {}  # of each CSV file
         self.saved_at = time.perf_counter()
         packages = ("torch", "numpy", "gymnasium", "ogbench", "mujoco")
         self.config = dict(
             config,
             commit=git_commit(),
             threads=torch.get_num_threads(),
-            matmul_precision=torch.get_float32_matmul_precision(),
             python=sys.version.split()[0],
             versions={package: version(package) for package in packages},
         )
         with disk_errors(self.folder):
-            if not resume:
+            if resume:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            else:
                 self.folder = make_new_folder(self.folder)
             self.lock = FileLock(self.folder / ".lock", blocking=False)
             try:
                 self.lock.acquire()
             except Timeout:
-                raise UserError(f"{self.folder}: another process writes there") from None
-        self.track = track
+                hint = f"if its machine died, delete {self.lock.lock_file}"
+                raise UserError(f"{self.folder}: another process writes there; {hint}") from None
 
     def __enter__(self):
         return self
@@ -663,75 +757,65 @@ class Run:
     def __exit__(self, error_type, error, traceback):
         if self.bar:
             self.bar.close()
-        can_resume = (self.folder / "checkpoint.pt").exists() and error_type is not Diverged
-        if self.bar and error and can_resume:
-            print(f"stopped; --resume {self.folder} continues from its checkpoint", file=sys.stderr)
+            if error and (self.folder / "checkpoint.pt").exists():
+                print(f"stopped; resume with --resume {self.folder}", file=sys.stderr)
         if self.wandb:
             self.wandb.finish(exit_code=1 if error else 0)
         self.lock.release()
 
     def restore(self):
-        """Write config.json and, if resumed, the rows logged so far; returns what `save` saved.
+        """What `save` saved last, or None in a new run; prints which settings have changed.
 
-        That is {} in a new run, and in one that was stopped before its first checkpoint.
+        Writes config.json and removes the rows that were logged after the checkpoint.
         """
-        state = {}
+        checkpoint = None
+        wandb_id = None
         if (self.folder / "checkpoint.pt").exists():
-            state = read_checkpoint(self.folder, self.config["script"])
-            if "rows" not in state:
-                raise UserError(f"--resume {self.folder}: has weights only, for --evaluate")
-            for name in ("device", "dataset"):
-                before, now = state["config"].get(name), self.config.get(name)
-                if before != now:
-                    raise UserError(f"--resume {self.folder}: {name} was {before}, is {now}")
-        elif self.num_lines("eval.csv") > 2:  # a checkpoint follows each evaluation: it was removed
-            hint = "remove its CSV files to begin anew"
-            raise UserError(f"--resume {self.folder}: has no checkpoint.pt; {hint}")
-        wandb_id = state.get("config", {}).get("wandb_id")
+            checkpoint = read_checkpoint(self.folder)
+            before = read_config(self.folder)
+            wandb_id = before.get("wandb_id")
+            print_changes(before["args"], self.config["args"])
+            names = ("script", "device", "dataset", "threads", "versions")
+            print_changes(before, {name: self.config.get(name) for name in names})
+        elif len(read_columns(self.folder / "eval.csv").get("step", [])) > 1:
+            # A checkpoint follows each evaluation.
+            hint = "remove its CSV files to start it again"
+            raise UserError(f"{self.folder}: its checkpoint.pt was removed; {hint}")
+        for path in self.folder.glob("*.csv"):
+            cut_rows(path, checkpoint["step"] if checkpoint else -1)
         if self.track:
             self.wandb = start_wandb(self.folder, self.config, wandb_id)
             wandb_id = self.wandb.id
         if wandb_id:  # the folder's name would not do: another sweep may have had the same
             self.config["wandb_id"] = wandb_id
-        text = json.dumps(self.config, indent=2)
-        write_file(self.folder / "config.json", text.encode())
-        saved_rows = []
-        for name in ("train.csv", "eval.csv"):
-            (self.folder / name).unlink(missing_ok=True)  # rows after the checkpoint come anew
-            for row in state.get("rows", {}).get(name, []):
-                saved_rows.append((row["step"], name, row))
-        saved_rows.sort(key=lambda entry: entry[0])  # Weights & Biases ignores smaller steps
-        for _, name, row in saved_rows:
-            self.log(name, row)
-        if state:  # with the settings of now, for the next resume
-            kept = {name: x for name, x in state.items() if name not in ("config", "rows")}
-            self.save(**kept)
-        return state
-
-    def num_lines(self, name):
-        """How many lines a CSV file has, with its header."""
-        path = self.folder / name
-        return len(path.read_text().splitlines()) if path.exists() else 0
+        write_file(self.folder / "config.json", json.dumps(self.config, indent=2).encode())
+        return checkpoint
 
     def show_progress(self, step, total, unit):
-        """Show a progress bar of `total` units (updates, say), of which `step` are done."""
+        """Show a progress bar of `total` units (updates, say), of which `step` are done.
+
+        A line a minute if the output is no terminal.
+        """
+        interval = 1 if sys.stderr.isatty() else 60
         self.bar = tqdm(
-            total=total, initial=step, unit=f" {unit}", dynamic_ncols=True, mininterval=1
+            total=total, initial=step, unit=f" {unit}", dynamic_ncols=True, mininterval=interval
         )
 
     def log(self, name, row):
-        """Append a row (column -> number, `step` among them) to the CSV file `name`.
+        """Append a row (column -> number, `step` first) to the CSV file `name`.
 
         Columns are those of the file's first row; NaN stands for what a later one lacks. Raises
         UserError if a loss is not finite.
         """
-        rows = self.rows.setdefault(name, [])
-        rows.append(row)
-        with disk_errors(self.folder), open(self.folder / name, "a", newline="") as file:
-            names = rows[0].keys()
-            writer = csv.DictWriter(file, names, restval=math.nan, lineterminator="\n")
-            if len(rows) == 1:
-                writer.writeheader()
+        path = self.folder / name
+        with disk_errors(self.folder), open(path, "a+", newline="") as file:
+            if name not in self.columns:
+                file.seek(0)
+                header = file.readline().strip()
+                self.columns[name] = header.split(",") if header else list(row)
+                if not header:
+                    file.write(",".join(row) + "\n")
+            writer = csv.DictWriter(file, self.columns[name], restval=math.nan, lineterminator="\n")
             writer.writerow(row)
         if self.wandb:
             section = name.removesuffix(".csv")
@@ -739,78 +823,57 @@ class Run:
         for key, value in row.items():
             if key.endswith("_loss") and not np.isfinite(value):
                 hint = "start a new run with a lower learning rate"
-                raise Diverged(f"step {row['step']}: {key} is {value}; {hint}")
-            is_score = key in ("success", "return") and not np.isnan(value)
+                raise UserError(f"step {row['step']}: {key} is {value}; {hint}")
+            is_score = name == "eval.csv" and key in ("success", "return") and value == value
             if key.endswith("_loss") or is_score:
                 self.shown[key.removesuffix("_loss")] = f"{value:.3g}"
         if self.bar:
-            self.bar.set_postfix(self.shown)
-
-    def check_q(self, row, rewards, discount):
-        """Warn once when Q leaves the range of possible returns by a tenth of that range."""
-        lowest, highest = rewards.aminmax()
-        lowest = min(lowest.item() / (1 - discount + 1e-9), 0)
-        highest = max(highest.item() / (1 - discount + 1e-9), 0)
-        slack = 0.1 * (highest - lowest)
-        inside = lowest - slack <= row["q_min"] and row["q_max"] <= highest + slack
-        if not inside and not self.warned:
-            self.warned = True
-            tqdm.write(
-                f"warning: update {row['step']}: Q in [{row['q_min']:.4g}, {row['q_max']:.4g}], "
-                f"the rewards allow [{lowest:.4g}, {highest:.4g}]",
-                file=sys.stderr,
-            )
+            self.bar.set_postfix(self.shown, refresh=False)
 
     def save_is_due(self):
         """Whether the last checkpoint is five minutes old."""
         return time.perf_counter() > self.saved_at + 300
 
     def save(self, **state):
-        """Replace checkpoint.pt by `state` (`step`, `nets` and more), settings and logged rows."""
+        """Replace checkpoint.pt by `state`: `step`, `nets` and more."""
         for name, tensor in state["nets"].items():
             if not tensor.isfinite().all():
                 hint = "start a new run with a lower learning rate"
-                raise Diverged(f"step {state['step']}: {name} is not finite; {hint}")
+                raise UserError(f"step {state['step']}: {name} is not finite; {hint}")
         file = io.BytesIO()
-        torch.save(dict(state, config=self.config, rows=self.rows), file)
+        torch.save(state, file)
         write_file(self.folder / "checkpoint.pt", file.getbuffer())
         self.saved_at = time.perf_counter()
 
     def finish(self):
-        """Print that the run is finished and its score.
-
-        As in the papers, that is the mean of the last three evaluations.
-        """
+        """Print the score, the mean of the last three evaluations as in the papers."""
         self.bar.close()
-        rows = self.rows.get("eval.csv", [])[-3:]
         means = []
-        for name in ("success", "return", "length"):
-            mean = np.mean([row[name] for row in rows]) if rows else np.nan
-            if not np.isnan(mean):
+        for name, values in read_columns(self.folder / "eval.csv").items():
+            mean = values[-3:].mean()
+            if name in ("success", "return", "length") and not np.isnan(mean):
                 means.append(f"{name} {mean:.4g}")
-        print(f"finished; mean of the last {len(rows)} evaluations: {', '.join(means)}")
+        print(f"finished; mean of the last three evaluations: {', '.join(means)}")
 
     def plot(self, unit="updates", switch=0):
-        """Draw curve.png from the logged rows; `unit` is what their `step` counts.
+        """Draw curve.png from the CSV files; `unit` is what their `step` counts.
 
         switch: the last step of the offline phase, marked if there are rows after it.
         """
         from matplotlib.figure import Figure  # here: the import takes a second
 
-        evaluations = self.rows["eval.csv"]
-        training = self.rows.get("train.csv", [])
-        names = list(training[0]) if training else []
-        has_success = not np.isnan(evaluations[-1]["success"])
-        score = "success" if has_success else "return"
+        evaluations = read_columns(self.folder / "eval.csv")
+        training = read_columns(self.folder / "train.csv")
+        score = "return" if np.isnan(evaluations["success"]).all() else "success"
         figure = Figure(figsize=(13, 3.5), layout="constrained")
         figure.suptitle(self.folder.name)
         score_axes, loss_axes, q_axes = figure.subplots(1, 3)
         plot_columns(score_axes, evaluations, [score])
-        plot_columns(loss_axes, training, [name for name in names if name.endswith("_loss")])
-        plot_columns(q_axes, training, [name for name in names if name.startswith("q_m")])
+        plot_columns(loss_axes, training, [name for name in training if name.endswith("_loss")])
+        plot_columns(q_axes, training, [name for name in training if name.startswith("q_m")])
         loss_axes.set_yscale("symlog", linthresh=1e-2)  # a policy's loss can be negative
         for axes in (score_axes, loss_axes, q_axes):
-            if 0 < switch < evaluations[-1]["step"]:
+            if 0 < switch < evaluations["step"][-1]:
                 axes.axvline(switch / 1000, color="black", linestyle="--", linewidth=1)
             axes.set_xlabel(f"thousand {unit}")
             axes.grid(alpha=0.3)
@@ -818,11 +881,33 @@ class Run:
             figure.savefig(self.folder / "curve.png")
 
 
-def plot_columns(axes, rows, names):
-    """Lines of these columns over `step`, in thousands; where a row lacks one, the line ends."""
-    steps = [row["step"] / 1000 for row in rows]
+def start_run(script, name, args, description, device):
+    """A `Run` of the file `script` with these settings, which it prints.
+
+    name: of the environment. description: of the dataset.
+    """
+    script = Path(script)
+    if args.resume and not has_checkpoint(args.resume):
+        hint = "start this run again by its own command"
+        raise UserError(f"--resume {args.resume}: has no checkpoint.pt; {hint}")
+    old_folder = args.resume or args.start_or_resume
+    folder = old_folder
+    if not folder:
+        started = time.strftime("%Y%m%d-%H%M%S")
+        folder = Path(args.run_dir) / f"{name}__{script.stem}__{args.seed}__{started}"
+    config = dict(script=script.name, args=vars(args), device=device.type, dataset=description)
+    run = Run(folder, config, bool(old_folder), args.track)
+    print(f"{name}: {description}")
+    print("settings:", ", ".join(f"{name}={value}" for name, value in vars(args).items()))
+    print(f"device: {device}, writing to {run.folder}")
+    return run
+
+
+def plot_columns(axes, columns, names):
+    """Lines of these columns over `step`, in thousands; NaN interrupts a line."""
     for name in names:
-        values = [row.get(name, np.nan) for row in rows]
-        axes.plot(steps, values, ".-", markersize=3, linewidth=1, label=name)
+        axes.plot(
+            columns["step"] / 1000, columns[name], ".-", markersize=3, linewidth=1, label=name
+        )
     if names:
         axes.legend()

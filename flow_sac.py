@@ -30,10 +30,9 @@ Critics without target networks: Bhatt et al., CrossQ, ICLR 2024, https://arxiv.
 
 import copy
 import math
-import multiprocessing
 import os
+import random
 import re
-import shutil
 import signal
 import sys
 import time
@@ -45,8 +44,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium
-import imageio
-import mujoco
 import numpy as np
 import ogbench.online_locomotion  # noqa: F401  registers online-ant-v0 and its variants
 import torch
@@ -55,6 +52,7 @@ import torch.nn.functional as F
 import tyro
 from gymnasium.spaces import Box
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from gymnasium.vector.async_vector_env import _async_worker
 
 import common
 
@@ -66,13 +64,11 @@ class Args:
     task: int = 0
     """task of the environment, 1 to 5; 0 is OGBench's default task"""
     dataset: str = ""
-    """npz file in OGBench's layout; default: the official one (pointmaze-*-navigate: collected)"""
-    dataset_url: str = ""
-    """folder or npz file to download from instead of OGBench's host"""
+    """npz file or its URL; default: the official file (pointmaze-*-navigate: collected here)"""
     seed: int = 0
     """seed of weights, batches, noise and episodes"""
     device: str = "auto"
-    """auto (CUDA if available), cpu, cuda or cuda:N"""
+    """auto (CUDA if usable), cpu, cuda or cuda:N"""
     offline_steps: int = 0
     """number of updates on the dataset"""
     online_steps: int = 1_000_000
@@ -114,7 +110,7 @@ class Args:
     init_temperature: float = 0.2
     """initial weight of the entropy; it is tuned from there"""
     target_entropy: float = 0.0
-    """path entropy that the temperature is tuned to; see `explore` for what is within reach"""
+    """path entropy that the temperature is tuned to; see what `sample_with_log_prob` can reach"""
     eval_interval: int = 20_000
     """steps between evaluations (the last step of a phase is always evaluated)"""
     eval_episodes: int = 50
@@ -124,56 +120,15 @@ class Args:
     run_dir: str = "runs"
     """where the run's folder is created"""
     resume: str = ""
-    """run folder to resume; the number of steps and the intervals may be changed"""
-    evaluate: str = ""
-    """run folder to evaluate, for --eval-episodes, instead of training"""
-    video: bool = False
-    """with --evaluate: write three episodes to evaluation.gif in that folder"""
+    """run folder to resume with its settings; flags that are given override them"""
+    start_or_resume: str = ""
+    """run folder to start in, or to resume if it has a checkpoint (for sweeps, requeued jobs)"""
     track: bool = False
     """log to Weights & Biases too (pip install wandb; WANDB_PROJECT and WANDB_ENTITY apply)"""
     compile: bool = False
     """compile the losses (takes a minute); on CUDA, also capture the update as one CUDA graph"""
-    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """see torch.set_float32_matmul_precision; auto: TF32 on CUDA, fastest float32 on CPU"""
-
-
-def check_args(args):
-    """Raise UserError for a value that cannot work."""
-
-    def require(condition, name, rule):
-        if not condition:
-            flag = name.replace("_", "-")
-            raise common.UserError(f"--{flag} {getattr(args, name)}: must be {rule}")
-
-    for name in ("offline_steps", "online_steps", "learning_starts"):
-        require(0 <= getattr(args, name) <= 1e9, name, "between 0 and 1e9")
-    has_steps = args.offline_steps + args.online_steps > 0
-    require(has_steps, "online_steps", "positive, or --offline-steps must be")
-    for name in ("eval_interval", "eval_episodes", "log_interval", "policy_frequency"):
-        require(1 <= getattr(args, name) <= 1e9, name, "between 1 and 1e9")
-    require(1 <= args.batch_size <= 1e6, "batch_size", "between 1 and 1e6")
-    for name in ("flow_steps", "horizon"):
-        require(1 <= getattr(args, name) <= 1000, name, "between 1 and 1000")
-    for name in ("discount", "tau"):
-        require(0 < getattr(args, name) <= 1, name, "above 0 and at most 1")
-    for name in ("policy_lr", "q_lr", "init_temperature"):
-        require(1e-12 <= getattr(args, name) <= 1e12, name, "positive")
-    require(0 <= args.bc_weight <= 1e12, "bc_weight", "at least 0")
-    for name in ("noise_std", "acting_noise_std"):
-        require(0 <= getattr(args, name) <= 0.5, name, "between 0 and 0.5")
-    both_or_none = (args.noise_std > 0) == (args.acting_noise_std > 0)
-    require(both_or_none, "acting_noise_std", "positive with --noise-std, else 0")
-    require(abs(args.target_entropy) <= 1e6, "target_entropy", "between -1e6 and 1e6")
-    has_width = args.policy_width == 0 or 4 <= args.policy_width <= 10_000
-    require(has_width, "policy_width", "0 or between 4 and 10000")
-    require(0 <= args.seed < 2**31, "seed", "between 0 and 2**31 - 1")
-    require(len(args.hidden) > 0, "hidden", "at least one width")
-    require(1 <= min(args.hidden) <= max(args.hidden) <= 10_000, "hidden", "between 1 and 10000")
-    if args.offline_steps == 0:
-        too_late = f"below --online-steps {args.online_steps}, or nothing is learned"
-        require(args.learning_starts < args.online_steps, "learning_starts", too_late)
-        too_early = f"at least --horizon {args.horizon} - 1, the length of a chunk to sample"
-        require(args.learning_starts >= args.horizon - 1, "learning_starts", too_early)
+    matmul_precision: Literal["highest", "high", "medium"] = "high"
+    """high: TF32 on CUDA, float32 on CPUs; medium: faster on AMD CPUs without bfloat16 units"""
 
 
 # The authors' settings from scratch are the defaults in Args; these are theirs for a dataset, which
@@ -208,6 +163,9 @@ SETTINGS = {  # by the beginning of --env
 
 
 # ------------------------------------------------------------------------------------- networks
+#
+# B batch, O numbers of an observation, A numbers of an action, h actions of a chunk, K flow steps,
+# N environments. Networks see a chunk as one action: x and actions are (B, h * A).
 
 
 def lecun_normal_(weight, fan_in):
@@ -247,33 +205,6 @@ class EnsembleLinear(nn.Module):
         return torch.bmm(x, self.weight).add_(self.bias)
 
 
-class Normalise(torch.autograd.Function):
-    """(x - mean) / std * weight + bias, with the mean and std of x over its batch: (..., B, dim).
-
-    The gradient passes through both statistics. It is written out since autograd's own, the same
-    one, takes several times as long on CPUs.
-    """
-
-    @staticmethod
-    def forward(ctx, x, mean, std, weight, bias):
-        ctx.save_for_backward(x, mean, std, weight)
-        factor = weight / std
-        return torch.addcmul(bias - factor * mean, x, factor)
-
-    @staticmethod
-    def backward(ctx, grad):
-        """With y = (x - mean) / std: weight / std * (grad - E[grad] - y E[grad * y])."""
-        x, mean, std, weight = ctx.saved_tensors
-        batch_size = x.shape[-2]
-        centred = x - mean
-        grad_bias = grad.sum(-2, keepdim=True)
-        grad_weight = (grad * centred).sum(-2, keepdim=True) / std  # the sum of grad * y
-        factor = weight / std
-        slope = -factor * grad_weight / (batch_size * std)
-        grad_x = torch.addcmul(-factor * grad_bias / batch_size, centred, slope)
-        return grad_x.addcmul_(grad, factor), None, None, grad_weight, grad_bias
-
-
 class BatchRenorm(nn.Module):
     """Batch renormalisation (Ioffe, 2017, https://arxiv.org/abs/1702.03275): (..., B, dim) -> same.
 
@@ -299,12 +230,11 @@ class BatchRenorm(nn.Module):
     def forward(self, x):
         running_std = (self.var + self.eps).sqrt()
         if not self.training:
-            factor = self.scale / running_std
-            return torch.addcmul(self.bias - factor * self.mean, x, factor)
+            return (x - self.mean) / running_std * self.scale + self.bias
+        mean = x.mean(-2, keepdim=True)
+        var = (x - mean).square().mean(-2, keepdim=True)  # biased
+        std = (var + self.eps).sqrt()
         with torch.no_grad():
-            mean = x.mean(-2, keepdim=True)
-            var = (x - mean).square_().mean(-2, keepdim=True)  # biased; x.var() is slow on CPUs
-            std = (var + self.eps).sqrt()
             r = (std / running_std).clamp(1 / self.r_max, self.r_max)
             d = ((mean - self.mean) / running_std).clamp(-self.d_max, self.d_max)
             warm = self.calls >= self.warmup
@@ -313,8 +243,7 @@ class BatchRenorm(nn.Module):
             self.mean += self.rate * (mean - self.mean)
             self.var += self.rate * (var - self.var)
             self.calls += 1
-        # (x - mean) / std * r + d, times scale, plus bias
-        return Normalise.apply(x, mean, std, self.scale * r, self.scale * d + self.bias)
+        return ((x - mean) / std * r + d) * self.scale + self.bias
 
 
 class EnsembleLayerNorm(nn.Module):
@@ -330,23 +259,8 @@ class EnsembleLayerNorm(nn.Module):
         return torch.addcmul(self.bias, normalised, self.scale)
 
 
-class GELU(nn.Module):
-    """The tanh approximation of GELU.
-
-    On CPUs torch's tanh is slow and its sigmoid is fast, so that x * sigmoid(2u), the same function
-    as x / 2 * (1 + tanh(u)), is faster. Not where gradients are needed: more is kept for them.
-    """
-
-    def forward(self, x):
-        needs_gradient = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if x.is_cuda or needs_gradient:
-            return F.gelu(x, approximate="tanh")
-        two_u = torch.addcmul(x, x * x, x, value=0.044715).mul_((8 / torch.pi) ** 0.5)
-        return x * two_u.sigmoid_()
-
-
 class Critic(nn.Module):
-    """Q(s, a), an ensemble of two: (B, O), (B, A) -> (2, B)."""
+    """Q(s, a), an ensemble of two: (B, O), (B, h * A) -> (2, B)."""
 
     def __init__(self, obs_dim, action_dim, hidden, kind):
         super().__init__()
@@ -360,7 +274,7 @@ class Critic(nn.Module):
                 layers.append(nn.ReLU())
                 layers.append(BatchRenorm(2, 1, width))
             else:
-                layers.append(GELU())
+                layers.append(nn.GELU(approximate="tanh"))
                 layers.append(EnsembleLayerNorm(width, 2))
             in_dim = width
         layers.append(EnsembleLinear(in_dim, 1, 2))
@@ -370,8 +284,8 @@ class Critic(nn.Module):
         return self.mlp(torch.cat([obs, actions], -1)).squeeze(-1)
 
 
-class NaiveVelocity(nn.Module):
-    """v(s, x_t, t), the plain MLP baseline: (B, O), (B, A), (B, 1) -> (B, A)."""
+class Naive(nn.Module):
+    """v(s, x_t, t), the plain MLP baseline: (B, O), (B, h * A), (B, 1) -> (B, h * A)."""
 
     def __init__(self, obs_dim, action_dim, width):
         super().__init__()
@@ -381,10 +295,11 @@ class NaiveVelocity(nn.Module):
         return self.mlp(torch.cat([obs, x, t], -1))
 
 
-class GatedVelocity(nn.Module):
-    """Flow-G: v = gate * (candidate - x), both from (s, x_t, t): (B, O), (B, A), (B, 1) -> (B, A).
+class FlowG(nn.Module):
+    """Flow-G: v = gate * (candidate - x), both from (s, x_t, t).
 
-    A step moves x by at most the way to the candidate. The gate starts open, at sigmoid(5).
+    (B, O), (B, h * A), (B, 1) -> (B, h * A). A step moves x by at most the way to the candidate.
+    The gate starts open, at sigmoid(5).
     """
 
     def __init__(self, obs_dim, action_dim, width, time_dim=32):
@@ -417,7 +332,8 @@ class DecoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.self_attention = nn.Sequential(Linear(width, width), Linear(width, width))
         self.cross_attention = nn.Sequential(Linear(width, width), Linear(width, width))
-        self.feed_forward = mlp(GELU, width, 4 * width, width)
+        gelu = partial(nn.GELU, approximate="tanh")
+        self.feed_forward = mlp(gelu, width, 4 * width, width)
 
     def forward(self, token, memory):
         token = token + self.self_attention(self.norm1(token))
@@ -425,12 +341,12 @@ class DecoderLayer(nn.Module):
         return token + self.feed_forward(self.norm2(token))
 
 
-class DecodedVelocity(nn.Module):
+class FlowT(nn.Module):
     """Flow-T: a Transformer decoder computes v from the token (x_t, t), the state is its memory.
 
-    (B, O), (B, A), (B, 1) -> (B, A). The paper's self-attention has a diagonal mask: the token of
-    step i sees itself and not the steps before it, or v would not be a function of x_i. That is
-    one token at a time.
+    (B, O), (B, h * A), (B, 1) -> (B, h * A). The paper's self-attention has a diagonal mask: the
+    token of step i sees itself and not the steps before it, or v would not be a function of x_i.
+    That is one token at a time.
     """
 
     def __init__(self, obs_dim, action_dim, width, layers=2):
@@ -450,7 +366,7 @@ class DecodedVelocity(nn.Module):
 
 
 class LogSigma(nn.Module):
-    """log sigma(s, t), the noise level: (B, O), (B, 1) -> (B, A), in (low, high).
+    """log sigma(s, t), the noise level: (B, O), (B, 1) -> (B, h * A), in (low, high).
 
     The last step shrinks x by the factor 1 - sigma^2 / 2, so sigma has to stay clearly below 2. It
     must not depend on x, or the drift would not be exact.
@@ -479,11 +395,11 @@ class Policy(nn.Module):
             width = 512
         self.obs_norm = BatchRenorm(1, obs_dim) if args.critic == "crossq" else nn.Identity()
         if args.policy == "flow-t":
-            self.velocity = DecodedVelocity(obs_dim, action_dim, width)
+            self.velocity = FlowT(obs_dim, action_dim, width)
         elif args.policy == "flow-g":
-            self.velocity = GatedVelocity(obs_dim, action_dim, width)
+            self.velocity = FlowG(obs_dim, action_dim, width)
         else:
-            self.velocity = NaiveVelocity(obs_dim, action_dim, width)
+            self.velocity = Naive(obs_dim, action_dim, width)
         if args.noise_std == 0:
             self.log_sigma = LogSigma(obs_dim, action_dim, width)
 
@@ -509,7 +425,8 @@ def rollout(velocity, log_sigma, obs, x, eps):
     """K noisy Euler steps from x at time 0 to time 1; the drift keeps the distribution of each x_i.
 
     Exact as K grows, for the v of a rectified flow from N(0, I): (t v - x) / (1 - t) is its score.
-    (B, O), (B, A), eps ~ N(0, I) (K, B, A) -> [x_0, ..., x_K], log-density of that path (B,).
+    (B, O), (B, h * A), eps ~ N(0, I) (K, B, h * A) -> [x_0, ..., x_K] and the log-density of that
+    path, (B,).
     """
     dt = 1 / len(eps)
     path = [x]
@@ -527,8 +444,8 @@ def rollout(velocity, log_sigma, obs, x, eps):
     return path, log_prob
 
 
-def explore(policy, obs, x0, eps, noise_std=0.0):
-    """The stochastic policy: actions (B, A) in [-1, 1] and the log-density of their path (B,).
+def sample_with_log_prob(policy, obs, x0, eps, noise_std=0.0):
+    """The stochastic policy: actions (B, h * A) in [-1, 1] and the log-density of their path (B,).
 
     noise_std: 0: sigma is learned. Else the noise of each step has this standard deviation, that is
     sigma sqrt(dt), and the densities of the steps are per noise_std instead of per unit of x, or a
@@ -554,24 +471,27 @@ def explore(policy, obs, x0, eps, noise_std=0.0):
 
 
 def sample_actions(nets, obs, x0, args):
-    """The policy in evaluation, eps = 0: x_0 ~ N(0, I) to actions in [-1, 1]. -> (B, A).
+    """The policy in evaluation, eps = 0: x_0 ~ N(0, I) to actions in [-1, 1]. -> (B, h * A).
 
     The drift stays: where sigma is large, the flow of v alone is another policy.
     """
     eps = x0.new_zeros(args.flow_steps, *x0.shape)
-    return explore(nets.policy, obs, x0, eps, args.acting_noise_std)[0]
+    return sample_with_log_prob(nets.policy, obs, x0, eps, args.acting_noise_std)[0]
 
 
 # --------------------------------------------------------------------------------------- losses
 #
-# A batch has observations (B, O), actions (B, A), where A counts all h actions of a chunk, rewards
-# (B,) that are the discounted sum over the chunk's valid steps, masks (B,) that are 0 where the
-# environment terminated, next_observations (B, O), and valid (B, h) that is 0 for steps after the
-# end of the episode. A chunk whose last step is not valid has weight 0 in TD.
+# A batch has observations (B, O), actions (B, h * A), rewards (B,), the discounted sum over the
+# valid steps of a chunk, masks (B,), 0 where the environment terminated, next_observations (B, O),
+# and valid (B, h), 0 for steps after the end of the episode. A chunk whose last step is not valid
+# has weight 0 in TD.
 
 
-class Draws(NamedTuple):
-    """Random numbers: x0 ~ N(0, I), (B, A); eps ~ N(0, I), (K, B, A); t ~ U(0, 1), (B, 1)."""
+class Noise(NamedTuple):
+    """All random numbers of an update, each for a batch; eps is that of the K steps of a path.
+
+    x0 ~ N(0, I), (B, h * A); eps ~ N(0, I), (K, B, h * A); t ~ U(0, 1), (B, 1).
+    """
 
     next_x0: torch.Tensor
     next_eps: torch.Tensor
@@ -580,11 +500,11 @@ class Draws(NamedTuple):
     flow_t: torch.Tensor
 
 
-def draw(actions, flow_steps, generator):
-    """Draws for a batch with these actions."""
+def sample_noise(actions, flow_steps, generator):
+    """Noise for a batch with these actions."""
     shape = (2, flow_steps + 1, *actions.shape)
     next_noise, noise = torch.randn(shape, device=actions.device, generator=generator)
-    return Draws(
+    return Noise(
         next_x0=next_noise[0],
         next_eps=next_noise[1:],
         policy_x0=noise[0],
@@ -606,7 +526,9 @@ def critic_loss(nets, batch, x0, eps, args):
     obs = batch.observations
     next_obs = batch.next_observations
     with torch.no_grad():
-        next_actions, next_log_prob = explore(nets.policy, next_obs, x0, eps, args.acting_noise_std)
+        next_actions, next_log_prob = sample_with_log_prob(
+            nets.policy, next_obs, x0, eps, args.acting_noise_std
+        )
     if args.critic == "crossq":  # one batch, so that both are normalised by the same statistics
         both_obs = torch.cat([obs, next_obs])
         both_actions = torch.cat([batch.actions, next_actions])
@@ -617,8 +539,8 @@ def critic_loss(nets, batch, x0, eps, args):
         q = nets.critic(obs, batch.actions)
         next_q = nets.target_critic(next_obs, next_actions)
     next_v = aggregate(next_q, args.q_agg) - nets.log_temperature.exp() * next_log_prob
-    target = batch.rewards + args.discount**args.horizon * batch.masks * next_v
-    loss = (batch.valid[:, -1] * (q - target.detach()) ** 2).mean()
+    q_target = batch.rewards + args.discount**args.horizon * batch.masks * next_v
+    loss = (batch.valid[:, -1] * (q - q_target.detach()) ** 2).mean()
     return loss, dict(critic_loss=loss, q_mean=q.mean(), q_min=q.amin(), q_max=q.amax())
 
 
@@ -639,7 +561,7 @@ def policy_loss(nets, batch, x0, eps, args):
     """
     obs = batch.observations
     nets.policy.train()
-    actions, log_prob = explore(nets.policy, obs, x0, eps, args.noise_std)
+    actions, log_prob = sample_with_log_prob(nets.policy, obs, x0, eps, args.noise_std)
     nets.policy.eval()
     # The action's gradient passes through the critic; the critic's own parameters get none.
     frozen = {name: p.detach() for name, p in nets.critic.named_parameters()}
@@ -682,9 +604,9 @@ def make_optimizers(nets, args):
     )
 
 
-def update_critic(nets, optimizers, batch, draws, args, loss_function=critic_loss):
+def update_critic(nets, optimizers, batch, noise, args, loss_fn=critic_loss):
     """One gradient step on the critics; returns the metrics as tensors on the device."""
-    loss, metrics = loss_function(nets, batch, draws.next_x0, draws.next_eps, args)
+    loss, metrics = loss_fn(nets, batch, noise.next_x0, noise.next_eps, args)
     optimizers.critic.zero_grad()
     loss.backward()
     if args.critic == "sac":
@@ -695,18 +617,18 @@ def update_critic(nets, optimizers, batch, draws, args, loss_function=critic_los
     return {name: x.detach() for name, x in metrics.items()}
 
 
-def update_velocity(nets, optimizers, batch, draws, loss_function=flow_loss):
+def update_velocity(nets, optimizers, batch, noise, loss_fn=flow_loss):
     """One gradient step of flow matching; returns the metrics as tensors on the device."""
-    loss, metrics = loss_function(nets, batch, draws.policy_x0, draws.flow_t)
+    loss, metrics = loss_fn(nets, batch, noise.policy_x0, noise.flow_t)
     optimizers.policy.zero_grad()
     loss.backward()
     optimizers.policy.step()
     return {name: x.detach() for name, x in metrics.items()}
 
 
-def update_policy(nets, optimizers, batch, draws, args, loss_function=policy_loss):
+def update_policy(nets, optimizers, batch, noise, args, loss_fn=policy_loss):
     """One gradient step on policy and temperature; returns the metrics as tensors on the device."""
-    loss, metrics = loss_function(nets, batch, draws.policy_x0, draws.policy_eps, args)
+    loss, metrics = loss_fn(nets, batch, noise.policy_x0, noise.policy_eps, args)
     optimizers.policy.zero_grad()
     loss.backward()
     optimizers.policy.step()
@@ -728,24 +650,12 @@ def update_policy(nets, optimizers, batch, draws, args, loss_function=policy_los
 # ----------------------------------------------------------------------------------- evaluation
 
 
-def saved_args(state):
-    """The settings in a checkpoint as Args."""
-    saved = dict(state["config"]["args"])
-    unknown = saved.keys() - vars(Args()).keys()
-    if unknown:
-        raise common.UserError(f"the run has settings unknown to this script: {unknown}")
-    saved["hidden"] = tuple(saved["hidden"])  # JSON has lists only
-    return Args(**saved)
-
-
 def load(folder, device="cpu"):
     """Networks and settings of the run in a folder, for `act`. Raises UserError."""
-    state = common.read_checkpoint(folder, Path(__file__).name)
-    if "nets" not in state:
-        raise common.UserError(f"{folder}: has no checkpoint.pt")
-    args = saved_args(state)
-    nets = Networks(*state["sizes"], args).to(device)
-    nets.load_state_dict(state["nets"])
+    checkpoint = common.read_checkpoint(folder)
+    args = saved_args(folder)
+    nets = Networks(*checkpoint["sizes"], args).to(device)
+    common.load_weights(nets, checkpoint["nets"])
     return nets, args
 
 
@@ -757,6 +667,19 @@ def act(nets, obs, args, generator=None):
     x0 = torch.randn(len(obs), action_dim, device=device, generator=generator)
     obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
     actions = sample_actions(nets, obs, x0, args)
+    return actions.view(len(obs), args.horizon, -1).cpu().numpy()
+
+
+@torch.no_grad()
+def act_with_noise(nets, obs, args, generator):
+    """`act` with the noise of the stochastic policy, for collecting."""
+    obs_dim, action_dim = nets.sizes
+    device = next(nets.parameters()).device
+    shape = (args.flow_steps + 1, len(obs), action_dim)
+    noise = torch.randn(shape, device=device, generator=generator)
+    obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
+    std = args.acting_noise_std
+    actions, _ = sample_with_log_prob(nets.policy, obs, noise[0], noise[1:], std)
     return actions.view(len(obs), args.horizon, -1).cpu().numpy()
 
 
@@ -802,48 +725,220 @@ def evaluate(policy, envs, num_episodes, seed):
 # ------------------------------------------------------------------------------------- training
 
 
-class Collector:
-    """Plays episodes, one step per call, and appends each step to the dataset.
+def train(args, dataset, env, envs, run):
+    """Train on `dataset`, then online in `env`, evaluate in `envs`; returns the networks.
 
-    env: one environment; `success` in a step's info is logged. policy: as for `evaluate`.
+    dataset: common.Dataset, which may be empty; the online phase appends to it. env: one
+    environment, a `SeededEnv`. envs: those of `make_envs`. run: common.Run.
     """
+    common.check_envs(env, envs)
+    device = dataset.actions.device
+    torch.manual_seed(args.seed + 2**31)  # for the weights: not the generator's random numbers
+    generator = torch.Generator(device).manual_seed(args.seed)
+    obs_dim = dataset.observations.shape[1]
+    action_dim = args.horizon * dataset.actions.shape[1]
+    nets = Networks(obs_dim, action_dim, args).to(device)
+    optimizers = make_optimizers(nets, args)
+    losses = (critic_loss, flow_loss, policy_loss)
+    if args.compile:
+        losses = tuple(torch.compile(loss, fullgraph=True) for loss in losses)
 
-    def __init__(self, env, policy, dataset):
-        self.env = env
-        self.policy = policy
-        self.dataset = dataset
-        self.obs = None  # between episodes
-        self.chunk = []  # the actions to come, executed open loop
-        self.episode_return = 0.0
-        self.ended = {"return": [], "success": []}  # of the episodes since the last `results`
+    step = 0  # offline, updates; online, steps in the environment
+    starts_uniform = len(dataset) == 0
+    metrics = {}  # of the last updates in this phase
+    last_step = args.offline_steps + args.online_steps
+    checkpoint = run.restore()
+    if checkpoint:
+        step = checkpoint["step"]
+        common.load_weights(nets, checkpoint["nets"])
+        metrics = checkpoint["metrics"]
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        common.restore_generator(generator, checkpoint["generator"], args.seed + step)
+        dataset.append_collected(checkpoint["collected"])
+    del checkpoint  # a second copy of what was collected
+    dataset.reserve(min(args.online_steps, max(0, last_step - step)))
 
-    def step(self, seed):
-        """One step in the environment. seed: of the episode, if one begins."""
-        if self.obs is None:
-            self.obs, _ = self.env.reset(seed=seed)
-        if not self.chunk:
-            self.chunk = list(self.policy(self.obs[None])[0])
-        action = self.chunk.pop(0)
-        next_obs, reward, terminated, truncated, info = self.env.step(action)
-        done = terminated or truncated
-        mask = 1.0 - terminated  # where only time is up, the critic bootstraps
-        self.dataset.append(self.obs, action, reward, mask, next_obs, done)
-        self.obs = next_obs
-        self.episode_return += float(reward)
-        if done:
-            self.ended["return"].append(self.episode_return)
-            self.ended["success"].append(float(info.get("success", math.nan)))
-            self.obs = None
-            self.chunk = []
-            self.episode_return = 0.0
+    def sample_and_update(kind):
+        """kind: "offline"; online, "critic" or, when the policy's turn has come, "both"."""
+        q_loss, v_loss, pi_loss = losses
+        batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
+        noise = sample_noise(batch.actions, args.flow_steps, generator)
+        metrics = update_critic(nets, optimizers, batch, noise, args, q_loss)
+        if kind == "offline":  # two updates on each batch, the first one with flow matching
+            metrics |= update_velocity(nets, optimizers, batch, noise, v_loss)
+            noise = sample_noise(batch.actions, args.flow_steps, generator)
+            metrics |= update_critic(nets, optimizers, batch, noise, args, q_loss)
+        if kind != "critic":
+            metrics |= update_policy(nets, optimizers, batch, noise, args, pi_loss)
+        return metrics
 
-    def results(self):
-        """Mean return and success of the episodes that ended since the last call, else NaN."""
-        means = {}
-        for name, values in self.ended.items():
-            means[f"train_{name}"] = sum(values) / len(values) if values else math.nan
-            values.clear()
-        return means
+    updates = {kind: partial(sample_and_update, kind) for kind in ("offline", "critic", "both")}
+    if args.compile and device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs are captured on the current device
+        updates = {kind: CUDAGraph(update, generator) for kind, update in updates.items()}
+
+    obs = None  # of the online phase; None between episodes
+    run.show_progress(step, last_step, "steps")
+    logged_step = step
+    logged_time = time.perf_counter()
+    while step < last_step:
+        step += 1
+        if step > args.offline_steps:  # online: first, one step in the environment
+            if obs is None:
+                obs, _ = env.reset(seed=args.seed + step)
+                chunk = []
+                episode_return = 0.0
+            if not chunk:
+                if starts_uniform and step <= args.learning_starts:
+                    uniform = torch.rand(action_dim, device=device, generator=generator)
+                    chunk = list((2 * uniform - 1).view(args.horizon, -1).cpu().numpy())
+                else:
+                    chunk = list(act_with_noise(nets, obs[None], args, generator)[0])
+            action = chunk.pop(0)  # open loop
+            next_obs, reward, terminated, truncated, info = env.step(action)
+            done = terminated or truncated
+            mask = 1.0 - terminated  # on a time limit, the critic still bootstraps
+            dataset.append(obs, action, reward, mask, next_obs, done)
+            episode_return += reward
+            obs = next_obs
+            if done:
+                success = info.get("success", math.nan)
+                row = {"step": step, "return": episode_return, "success": success}
+                run.log("episodes.csv", row)
+                obs = None
+
+        update_number = step - args.offline_steps - args.learning_starts
+        if step <= args.offline_steps:
+            metrics = updates["offline"]()
+        elif update_number <= 0:
+            metrics = {}
+            logged_step = step  # the speed is that of learning
+            logged_time = time.perf_counter()
+        elif (update_number - 1) % args.policy_frequency == 0:
+            metrics = updates["both"]()
+        else:
+            metrics = {**metrics, **updates["critic"]()}  # the policy's are from its last one
+        run.bar.update()
+
+        ends_phase = step in (args.offline_steps, last_step)
+        evaluates = step % args.eval_interval == 0 or ends_phase
+        if metrics and (evaluates or step % args.log_interval == 0):
+            row = dict(step=step)
+            for name, value in metrics.items():
+                row[name] = value.item()
+            seconds = time.perf_counter() - logged_time
+            row["steps_per_s"] = round((step - logged_step) / seconds, 1)
+            run.log("train.csv", row)
+            logged_step = step
+            logged_time = time.perf_counter()
+
+        if evaluates:
+            seed = args.seed + step
+            eval_generator = torch.Generator(device).manual_seed(seed)
+            policy = partial(act, nets, args=args, generator=eval_generator)
+            results = evaluate(policy, envs, args.eval_episodes, seed)
+            row = dict(step=step, episodes=args.eval_episodes)
+            for name, values in results.items():
+                row[name] = values.mean().item()
+            run.log("eval.csv", row)
+            run.plot("steps", switch=args.offline_steps)
+            logged_time = time.perf_counter()  # the speed excludes evaluation
+
+        if evaluates or run.save_is_due():
+            run.save(
+                step=step,
+                sizes=nets.sizes,
+                nets=nets.state_dict(),
+                optimizers=[optimizer.state_dict()["state"] for optimizer in optimizers],
+                metrics=metrics,
+                generator=generator.get_state(),
+                collected=dataset.collected(),
+            )
+    run.finish()
+    return nets
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def make_env(args, **options):
+    """The environment of --env with actions in [-1, 1]; options: as for gymnasium.make."""
+    env_id = args.env
+    if common.is_dataset(args.env):
+        _, _, env_id = common.resolve_task(args.env, args.task)
+    try:
+        env = gymnasium.make(env_id, **options)
+    except (gymnasium.error.Error, ImportError) as error:
+        raise common.UserError(f"--env {env_id}: {error}") from None
+    if not isinstance(env.action_space, Box) or not env.action_space.is_bounded():
+        raise common.UserError(f"--env {env_id}: requires bounded actions")
+    return gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
+
+
+def check_args(args):
+    """Raise UserError for a value that cannot work."""
+    may_be_zero = (
+        "task seed offline_steps online_steps learning_starts policy_width bc_weight noise_std "
+        "acting_noise_std target_entropy"
+    ).split()
+    common.check_numbers(args, may_be_zero)
+    if args.offline_steps == 0 and args.learning_starts >= args.online_steps:
+        raise common.UserError(
+            f"--learning-starts {args.learning_starts}: must be below --online-steps"
+        )
+    if args.offline_steps == 0 and args.learning_starts < args.horizon - 1:
+        raise common.UserError(
+            f"--learning-starts {args.learning_starts}: a chunk has {args.horizon} steps"
+        )
+    if 0 < args.policy_width < 4:
+        raise common.UserError(f"--policy-width {args.policy_width}: must be 0 or at least 4")
+    if (args.noise_std > 0) != (args.acting_noise_std > 0):
+        raise common.UserError("--noise-std and --acting-noise-std: give both, or none")
+    if max(args.noise_std, args.acting_noise_std) > 0.5:
+        raise common.UserError("--noise-std and --acting-noise-std: must be at most 0.5")
+
+
+def get_dataset(args, env, device):
+    """The dataset of --env, or an empty one for a Gymnasium id; and a line on it."""
+    if common.is_dataset(args.env):
+        _, dataset_name, env_id = common.resolve_task(args.env, args.task)
+        return common.get_dataset(dataset_name, env_id, args.dataset, device)
+    for flag in ("task", "dataset", "offline_steps"):
+        value = getattr(args, flag)
+        if value:
+            flag = flag.replace("_", "-")
+            hint = f"--env {args.env} is not an OGBench dataset"
+            raise common.UserError(f"--{flag} {value}: {hint}")
+    obs_dim = env.observation_space.shape[0]
+    action_dim = env.action_space.shape[0]
+    return common.Dataset.empty(obs_dim, action_dim, device), "no dataset"
+
+
+def main():
+    args = parse_args()
+    name = args.env
+    if common.is_dataset(args.env):
+        name, _, _ = common.resolve_task(args.env, args.task)
+    env = make_env(args)
+    env.close = lambda: None  # gymnasium closes it after a look at its spaces
+    # The processes fork and share this environment, since loading one takes seconds and memory.
+    num_envs = min(args.eval_episodes, 25)
+    with closing(make_envs(lambda: env, num_envs)) as envs:
+        device = choose_device(args.device)
+        torch.set_float32_matmul_precision(args.matmul_precision)
+        if args.compile:
+            common.check_compiler()
+        dataset, description = get_dataset(args, env, device)
+        if 0 < len(dataset) < args.horizon:
+            raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")
+        if not any(re.match(names, args.env) for names in SETTINGS):
+            print(f"--env {args.env} has no tuned settings: these are the defaults")
+        with common.start_run(__file__, name, args, description, device) as run:
+            train(args, dataset, SeededEnv(env), envs, run)
+
+
+# ------------------------------------------- from here on the same in all three scripts: plumbing
 
 
 class CUDAGraph:
@@ -875,147 +970,11 @@ class CUDAGraph:
         return self.result
 
 
-def train(args, dataset, env, envs, run):
-    """Train on `dataset`, then online in `env`, evaluate in `envs`; returns the networks.
-
-    dataset: common.Dataset, which may have no transitions; the online phase appends to it. env: one
-    environment with actions in [-1, 1]. envs: vector environment with autoreset mode SAME_STEP,
-    which `make_envs` sets. run: common.Run. Raises ValueError.
-    """
-    if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
-        raise ValueError(f"autoreset_mode must be SAME_STEP, is {envs.metadata}")
-    device = dataset.actions.device
-    torch.manual_seed(args.seed + 2**31)  # for the weights: not the generator's random numbers
-    generator = torch.Generator(device).manual_seed(args.seed)
-    eval_generator = torch.Generator(device)
-    obs_dim = dataset.observations.shape[1]
-    action_dim = args.horizon * dataset.actions.shape[1]
-    nets = Networks(obs_dim, action_dim, args).to(device)
-    optimizers = make_optimizers(nets, args)
-    loss_q, loss_v, loss_pi = critic_loss, flow_loss, policy_loss
-    if args.compile:
-        loss_q = torch.compile(critic_loss, fullgraph=True)
-        loss_v = torch.compile(flow_loss, fullgraph=True)
-        loss_pi = torch.compile(policy_loss, fullgraph=True)
-
-    step = 0  # offline, updates; online, steps in the environment
-    last_step = args.offline_steps + args.online_steps
-    starts_uniform = len(dataset) == 0
-    metrics = {}  # of the last updates in this phase
-    checkpoint = run.restore()
-    if checkpoint:
-        step = checkpoint["step"]
-        metrics = checkpoint["metrics"]
-        nets.load_state_dict(checkpoint["nets"])
-        generator.set_state(checkpoint["generator"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
-            optimizer.load_state_dict(state)
-        if checkpoint["collected"]:
-            dataset.append_collected(checkpoint["collected"])
-    del checkpoint  # a second copy of what was collected
-    steps_left = max(0, last_step - step)
-    dataset.reserve(min(args.online_steps, steps_left))
-
-    def sample_and_update(kind):
-        """kind: "offline"; online, "critic" or, when the policy's turn has come, "both"."""
-        batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
-        draws = draw(batch.actions, args.flow_steps, generator)
-        metrics = update_critic(nets, optimizers, batch, draws, args, loss_q)
-        if kind == "offline":  # two updates on each batch, the first one with flow matching
-            metrics |= update_velocity(nets, optimizers, batch, draws, loss_v)
-            draws = draw(batch.actions, args.flow_steps, generator)
-            metrics |= update_critic(nets, optimizers, batch, draws, args, loss_q)
-        if kind != "critic":
-            metrics |= update_policy(nets, optimizers, batch, draws, args, loss_pi)
-        return metrics
-
-    updates = {kind: partial(sample_and_update, kind) for kind in ("offline", "critic", "both")}
-    if args.compile and device.type == "cuda":
-        torch.cuda.set_device(device)  # graphs are captured on the current device
-        updates = {kind: CUDAGraph(update, generator) for kind, update in updates.items()}
-
-    @torch.no_grad()
-    def policy(obs):
-        if starts_uniform and step <= args.learning_starts:
-            uniform = torch.rand(1, action_dim, device=device, generator=generator)
-            actions = 2 * uniform - 1
-        else:
-            shape = (args.flow_steps + 1, 1, action_dim)
-            noise = torch.randn(shape, device=device, generator=generator)
-            obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-            actions, _ = explore(nets.policy, obs, noise[0], noise[1:], args.acting_noise_std)
-        return actions.view(1, args.horizon, -1).cpu().numpy()
-
-    def eval_policy(obs):
-        return act(nets, obs, args, eval_generator)
-
-    collector = Collector(env, policy, dataset)
-    run.show_progress(step, last_step, "steps")
-    logged_step = step
-    logged_time = time.perf_counter()
-    while step < last_step:
-        step += 1
-        if step <= args.offline_steps:
-            metrics = updates["offline"]()
-        else:
-            collector.step(seed=args.seed + step)
-            update_number = step - args.offline_steps - args.learning_starts
-            if update_number <= 0:
-                metrics = {}
-                logged_step = step  # the speed is that of learning
-                logged_time = time.perf_counter()
-            elif (update_number - 1) % args.policy_frequency == 0:
-                metrics = updates["both"]()
-            else:
-                metrics = {**metrics, **updates["critic"]()}  # the policy's are from its last one
-        run.bar.update()
-
-        ends_phase = step in (args.offline_steps, last_step)
-        evaluates = step % args.eval_interval == 0 or ends_phase
-        if metrics and (evaluates or step % args.log_interval == 0):
-            row = dict(step=step)
-            for name, value in metrics.items():
-                row[name] = value.item()
-            row.update(collector.results())
-            seconds = time.perf_counter() - logged_time
-            row["time_steps_per_s"] = round((step - logged_step) / seconds, 1)
-            run.log("train.csv", row)
-            logged_step = step
-            logged_time = time.perf_counter()
-
-        if evaluates:
-            seed = args.seed + step
-            eval_generator.manual_seed(seed)
-            results = evaluate(eval_policy, envs, args.eval_episodes, seed)
-            row = dict(step=step, episodes=args.eval_episodes)
-            for name, values in results.items():
-                row[name] = values.mean().item()
-            run.log("eval.csv", row)
-            run.plot("steps", switch=args.offline_steps)
-            logged_time = time.perf_counter()  # the speed excludes evaluation
-
-        if evaluates or run.save_is_due():
-            run.save(
-                step=step,
-                metrics=metrics,
-                sizes=nets.sizes,
-                nets=nets.state_dict(),
-                generator=generator.get_state(),
-                optimizers=[optimizer.state_dict() for optimizer in optimizers],
-                collected=dataset.collected(),
-            )
-    run.finish()
-    return nets
-
-
-# --------------------------------------------------------------------------------- environments
-
-
-class SeededReset(gymnasium.Wrapper):
+class SeededEnv(gymnasium.Wrapper):
     """Makes episodes reproducible: OGBench draws from NumPy's global generator too.
 
-    It seeds that one, so there must not be two of them in a process. Of a step's info only
-    `success` is kept; the rest would be sent from process to process for nothing.
+    It seeds the global generators, so only one may be in use in a process. Returns copies of
+    observations, rewards as plain numbers and, of a step's info, `success` only.
     """
 
     def __init__(self, env):
@@ -1027,251 +986,96 @@ class SeededReset(gymnasium.Wrapper):
             self.rng = np.random.default_rng(seed)
         episode_seed = int(self.rng.integers(2**31))
         np.random.seed(episode_seed)
+        random.seed(episode_seed)
         obs, _ = self.env.reset(seed=episode_seed, options=options)
-        return obs, {}
+        return np.array(obs), {}
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
+        reward = np.asarray(reward).item()
         kept = {"success": info["success"]} if "success" in info else {}
-        return obs, reward, terminated, truncated, kept
+        return np.array(obs), reward, bool(terminated), bool(truncated), kept
+
+
+def env_process(*args):
+    """What a process of `make_envs` runs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        _async_worker(*args)
+    except OSError:  # its pipe is closed: the main process is gone
+        os._exit(1)
 
 
 class Envs(AsyncVectorEnv):
-    """Environments in processes of their own that close immediately."""
+    """Closes at once: gymnasium waits for answers of its processes, perhaps forever."""
 
     def close_extras(self, **kwargs):
-        for process in self.processes:  # gymnasium waits for their answers, perhaps forever
+        for process in self.processes:
             process.kill()
 
 
-class StaysOpen(SeededReset):
-    """Ignores close(), which gymnasium calls once it has looked at the spaces."""
-
-    def close(self):
-        pass
-
-
 def make_envs(make_env, num_envs):
-    """Vector environment of `num_envs` copies of the environment that make_env() returns."""
-    env = make_env()  # once: forked processes share its memory, most of which is MuJoCo's model
-
-    def start():
-        in_worker = multiprocessing.parent_process() is not None
-        if not in_worker:
-            return StaysOpen(env)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process,
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which then kills its workers
-        return SeededReset(env)
-
-    mode = AutoresetMode.SAME_STEP
-    return Envs([start] * num_envs, autoreset_mode=mode, context="fork")
+    """Vector environment for `evaluate`: each of its processes calls make_env() for its own."""
+    return Envs(
+        [lambda: SeededEnv(make_env())] * num_envs,
+        autoreset_mode=AutoresetMode.SAME_STEP,
+        context="fork",
+        worker=env_process,
+    )
 
 
-# --------------------------------------------------------------------------------- command line
-
-# Flags of all three scripts.
-MAY_CHANGE_ON_RESUME = (
-    "resume device dataset dataset_url offline_steps online_steps eval_interval eval_episodes "
-    "log_interval compile track"
-).split()
-MAY_CHANGE_ON_EVALUATE = "evaluate video eval_episodes seed device matmul_precision".split()
+def saved_args(folder):
+    """The settings of the run in a folder as Args. Raises UserError."""
+    saved = common.read_config(folder)["args"]
+    unknown = saved.keys() - vars(Args()).keys()
+    if unknown:
+        raise common.UserError(f"{folder}: has settings unknown to this script: {unknown}")
+    saved["hidden"] = tuple(saved["hidden"])  # JSON has lists only
+    return Args(**saved)
 
 
 def parse_args():
     """The command line as Args. Raises UserError.
 
-    A flag that is not given has the value of the run to resume or to evaluate, else that of
-    SETTINGS for --env, else the default in Args.
+    A flag that is not given has the value of the run to resume, else that of SETTINGS for --env,
+    else the default in Args.
     """
     description = __doc__ + "\nDefaults by environment, shown in full by --env NAME --help:\n\n"
     for names, settings in SETTINGS.items():
         values = ", ".join(f"{name}={value}" for name, value in settings.items())
         description += f"    {names}: {values}\n"
 
-    # A first pass for --env, --resume and --evaluate, which choose the defaults of the second.
+    # A first pass for --env and --resume, which choose the defaults of the second.
     given, _ = tyro.cli(Args, return_unknown_args=True, add_help=False)
     default = Args(env=given.env)
     for names, settings in SETTINGS.items():
         if re.match(names, given.env):
             default = replace(default, **settings)
-    state = {}
-    folder = given.resume or given.evaluate
-    if folder:
-        state = common.read_checkpoint(folder, Path(__file__).name)
-        default = replace(saved_args(state), resume="", evaluate="", video=False)
-        if given.evaluate:
-            default = replace(default, device="auto")
+    if given.resume and given.start_or_resume:
+        raise common.UserError("--resume and --start-or-resume exclude each other")
+    if given.resume or common.has_checkpoint(given.start_or_resume):
+        saved = saved_args(given.resume or given.start_or_resume)
+        default = replace(saved, resume="", start_or_resume="")
     args = tyro.cli(Args, default=default, description=description)
-
     check_args(args)
-    if args.resume and args.evaluate:
-        raise common.UserError("--resume and --evaluate exclude each other")
-    if args.video and not args.evaluate:
-        raise common.UserError("--video: needs --evaluate RUN")
-    may_change = set(MAY_CHANGE_ON_RESUME if args.resume else MAY_CHANGE_ON_EVALUATE)
-    if state.get("collected"):  # the online phase has begun
-        may_change.discard("offline_steps")
-    done = state.get("step", 0)
-    goes_online = args.resume and args.online_steps > 0 and not state.get("collected")
-    if goes_online and args.offline_steps < done:
-        raise common.UserError(f"--offline-steps {args.offline_steps}: {done} are done already")
-    for name, value in vars(args).items():
-        before = getattr(default, name)
-        if folder and value != before and name not in may_change:
-            flag = name.replace("_", "-")
-            raise common.UserError(f"--{flag} {value}: {folder} was trained with {before}")
     return args
 
 
 def choose_device(name):
-    """--device as a torch.device, with an index if it is a GPU. Raises UserError."""
-    num_gpus = torch.cuda.device_count()  # unlike is_available(), it leaves CUDA untouched
-    if name == "auto":
-        name = "cuda" if num_gpus else "cpu"
-    if name == "cuda" and num_gpus:
-        name = "cuda:0"
-    if name != "cpu" and name not in [f"cuda:{i}" for i in range(num_gpus)]:
-        found = f"{num_gpus} CUDA devices found"
-        raise common.UserError(f"--device {name}: must be auto, cpu, cuda or cuda:N; {found}")
-    return torch.device(name)
-
-
-def set_matmul_precision(precision, device):
-    """Choose how float32 matrices are multiplied; "auto" is TF32 on CUDA.
-
-    On a CPU, torch multiplies with MKL, unless the precision is "medium": then with oneDNN, which
-    is up to twice as fast on AMD and, on CPUs with bfloat16 units, may round to bfloat16. So "auto"
-    is "medium" if the product of two matrices shows the precision of float32, else "highest".
-    """
-    if precision != "auto":
-        torch.set_float32_matmul_precision(precision)
-        return
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        return
-    torch.set_float32_matmul_precision("medium")
-    x, y = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
-    exact = x.double() @ y.double()
-    if (x @ y - exact).norm() > 1e-5 * exact.norm():
-        torch.set_float32_matmul_precision("highest")
-
-
-def report(results):
-    """Print the mean of each result and its 95 % interval; for the success rate it is Wilson's."""
-    z = 1.96
-    for name, values in results.items():
-        n = len(values)
-        mean = values.mean()
-        if name == "success":
-            centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
-            half = z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
-        else:
-            centre = mean
-            half = z * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
-        if not np.isnan(mean):
-            print(f"{name} {mean:.4g} (95 %: {centre - half:.4g} to {centre + half:.4g})")
-
-
-def film(policy, env, seed, path):
-    """Write three episodes in `env` (render_mode "rgb_array") to a GIF, every eighth step."""
-    frames = []
-    for episode in range(3):
-        obs, _ = env.reset(seed=seed + episode)
-        step = 0
-        done = False
-        while not done:
-            for action in policy(obs[None])[0]:
-                if step % 8 == 0:
-                    frames.append(env.render())
-                obs, _, terminated, truncated, _ = env.step(action)
-                step += 1
-                done = terminated or truncated
-                if done:
-                    break
-    with common.disk_errors(path.parent):
-        imageio.mimsave(path, frames, loop=0)
-    print(f"three episodes, every eighth step: {path}")
-
-
-def evaluate_run(args, make_env, envs, device):
-    """--evaluate: print what the policy of a run achieves; --video: film it."""
-    nets, _ = load(args.evaluate, device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-
-    def policy(obs):
-        return act(nets, obs, args, generator)
-
-    report(evaluate(policy, envs, args.eval_episodes, args.seed))
-    if args.video:
-        path = Path(args.evaluate) / "evaluation.gif"
-        try:
-            with SeededReset(make_env(render_mode="rgb_array")) as env:
-                film(policy, env, args.seed, path)
-        except mujoco.FatalError as error:
-            hint = "without a display, set the environment variable MUJOCO_GL to egl or osmesa"
-            raise common.UserError(f"--video: cannot render ({error}); {hint}") from None
-        except gymnasium.error.DependencyNotInstalled as error:
-            raise common.UserError(f"--video: cannot render ({error})") from None
-
-
-def make_env(env_id, **options):
-    """A Gymnasium environment with actions rescaled to [-1, 1]. Raises UserError."""
+    """--device as a torch.device; "auto" is CUDA if one kernel runs there. Raises UserError."""
+    if name == "cpu" or (name == "auto" and torch.cuda.device_count() == 0):
+        return torch.device("cpu")
     try:
-        env = gymnasium.make(env_id, **options)
-    except (gymnasium.error.Error, ImportError) as error:
-        raise common.UserError(f"--env {env_id}: {error}") from None
-    for kind, space in (("observation", env.observation_space), ("action", env.action_space)):
-        if not isinstance(space, Box) or len(space.shape) != 1:
-            raise common.UserError(f"--env {env_id}: requires a Box {kind} space of one dimension")
-    if not env.action_space.is_bounded():
-        raise common.UserError(f"--env {env_id}: requires bounded actions")
-    return gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
-
-
-def main():
-    args = parse_args()
-    name = env_id = args.env
-    from_dataset = common.is_dataset(args.env)
-    if from_dataset:
-        name, dataset_name, env_id = common.resolve_task(args.env, args.task)
-    else:
-        for flag in ("task", "dataset", "dataset_url", "offline_steps"):
-            value = getattr(args, flag)
-            if value:
-                flag = flag.replace("_", "-")
-                raise common.UserError(f"--{flag} {value}: --env {name} is not an OGBench dataset")
-    device = choose_device(args.device)
-    make_this_env = partial(make_env, env_id)
-    num_envs = min(args.eval_episodes, 25)
-    with closing(make_envs(make_this_env, num_envs)) as envs:  # before CUDA is used: they fork
-        set_matmul_precision(args.matmul_precision, device)
-        if args.evaluate:
-            return evaluate_run(args, make_this_env, envs, device)
-        has_compiler = shutil.which("g++") or shutil.which("clang++") or "CXX" in os.environ
-        if args.compile and not has_compiler:
-            raise common.UserError("--compile: no C++ compiler found (g++, clang++ or $CXX)")
-        if from_dataset:
-            dataset, description = common.get_dataset(
-                dataset_name, env_id, args.dataset, args.dataset_url, device
-            )
-            if args.horizon > len(dataset):
-                raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")
-        else:
-            obs_dim = envs.single_observation_space.shape[0]
-            action_dim = envs.single_action_space.shape[0]
-            dataset = common.Dataset.empty(obs_dim, action_dim, device)
-            description = "no dataset"
-        script = Path(__file__)
-        started = time.strftime("%Y%m%d-%H%M%S")
-        new_folder = Path(args.run_dir) / f"{name}__{script.stem}__{args.seed}__{started}"
-        config = dict(script=script.name, args=vars(args), device=device.type, dataset=description)
-        folder = args.resume or new_folder
-        run = common.Run(folder, config, bool(args.resume), args.track)
-        with run, SeededReset(make_this_env()) as env:
-            print(f"{name}: {description}")
-            print("settings:", ", ".join(f"{name}={value}" for name, value in vars(args).items()))
-            print(f"device: {device}, writing to {run.folder}")
-            train(args, dataset, env, envs, run)
+        device = torch.device("cuda" if name == "auto" else name)
+        torch.ones(1, device=device).add(1).item()
+        return device
+    except (RuntimeError, AssertionError) as error:  # an old driver or an unsupported card, say
+        reason = str(error).partition("\n")[0]
+        if name != "auto":
+            raise common.UserError(f"--device {name}: cannot be used: {reason}") from None
+        print(f"the GPU cannot be used, so this runs on the CPU: {reason}")
+        return torch.device("cpu")
 
 
 if __name__ == "__main__":

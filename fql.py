@@ -29,28 +29,27 @@ scene and puzzle --horizon 5; for scene and puzzle --sparse. The alphas below ar
 
 import copy
 import math
-import multiprocessing
 import os
+import random
 import re
-import shutil
 import signal
 import sys
 import time
 import warnings
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium
-import imageio
-import mujoco
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode
+from gymnasium.vector.async_vector_env import _async_worker
 
 import common
 
@@ -62,15 +61,13 @@ class Args:
     task: int = 0
     """task of the environment, 1 to 5; 0 is OGBench's default task"""
     dataset: str = ""
-    """npz file in OGBench's layout; default: the official one (pointmaze-*-navigate: collected)"""
-    dataset_url: str = ""
-    """folder or npz file to download from instead of OGBench's host"""
+    """npz file or its URL; default: the official file (pointmaze-*-navigate: collected here)"""
     sparse: bool = False
     """scene and puzzle: the reward is -1 until solved, not minus the number of unsolved parts"""
     seed: int = 0
     """seed of weights, batches, noise and episodes"""
     device: str = "auto"
-    """auto (CUDA if available), cpu, cuda or cuda:N"""
+    """auto (CUDA if usable), cpu, cuda or cuda:N"""
     offline_steps: int = 1_000_000
     """number of updates on the dataset"""
     online_steps: int = 0
@@ -108,47 +105,15 @@ class Args:
     run_dir: str = "runs"
     """where the run's folder is created"""
     resume: str = ""
-    """run folder to resume; the number of steps and the intervals may be changed"""
-    evaluate: str = ""
-    """run folder to evaluate, for --eval-episodes, instead of training"""
-    video: bool = False
-    """with --evaluate: write three episodes to evaluation.gif in that folder"""
+    """run folder to resume with its settings; flags that are given override them"""
+    start_or_resume: str = ""
+    """run folder to start in, or to resume if it has a checkpoint (for sweeps, requeued jobs)"""
     track: bool = False
     """log to Weights & Biases too (pip install wandb; WANDB_PROJECT and WANDB_ENTITY apply)"""
     compile: bool = False
     """compile the losses (takes a minute); on CUDA, also capture the update as one CUDA graph"""
-    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
-    """see torch.set_float32_matmul_precision; auto: TF32 on CUDA, fastest float32 on CPU"""
-
-
-def check_args(args):
-    """Raise UserError for a value that cannot work."""
-
-    def require(condition, name, rule):
-        if not condition:
-            flag = name.replace("_", "-")
-            raise common.UserError(f"--{flag} {getattr(args, name)}: must be {rule}")
-
-    for name in ("offline_steps", "online_steps"):
-        require(0 <= getattr(args, name) <= 1e9, name, "between 0 and 1e9")
-    has_steps = args.offline_steps + args.online_steps > 0
-    require(has_steps, "offline_steps", "positive, or --online-steps must be")
-    for name in ("eval_interval", "eval_episodes", "log_interval"):
-        require(1 <= getattr(args, name) <= 1e9, name, "between 1 and 1e9")
-    require(1 <= args.batch_size <= 1e6, "batch_size", "between 1 and 1e6")
-    for name in ("flow_steps", "num_critics", "horizon"):
-        require(1 <= getattr(args, name) <= 1000, name, "between 1 and 1000")
-    for name in ("discount", "tau"):
-        require(0 < getattr(args, name) <= 1, name, "above 0 and at most 1")
-    for name in ("lr", "alpha"):
-        require(1e-12 <= getattr(args, name) <= 1e12, name, "positive")
-    require(0 <= args.rho <= 1000, "rho", "between 0 and 1000")
-    require(args.rho == 0 or args.q_agg == "mean", "rho", "0 unless --q-agg is mean")
-    require(0 <= args.seed < 2**31, "seed", "between 0 and 2**31 - 1")
-    require(len(args.hidden) > 0, "hidden", "at least one width")
-    require(1 <= min(args.hidden) <= max(args.hidden) <= 10_000, "hidden", "between 1 and 10000")
-    if args.sparse and not args.env.startswith(("scene-", "puzzle-")):
-        raise common.UserError(f"--sparse: is for scene and puzzle, not for --env {args.env}")
+    matmul_precision: Literal["highest", "high", "medium"] = "high"
+    """high: TF32 on CUDA, float32 on CPUs; medium: faster on AMD CPUs without bfloat16 units"""
 
 
 # Defaults per environment: the paper's; for pointmaze our own, small enough for a laptop.
@@ -161,6 +126,7 @@ SETTINGS = {
         flow_steps=5,
         offline_steps=38_000,
         eval_interval=3_800,
+        eval_episodes=25,
         lr=1.5e-3,
         tau=0.07,
         hidden=(128, 128, 128, 128),
@@ -179,6 +145,9 @@ SETTINGS = {
 
 
 # ------------------------------------------------------------------------------------- networks
+#
+# B batch, O numbers of an observation, A numbers of an action, h actions of a chunk, K flow steps,
+# N environments. Networks see a chunk as one action: x and actions are (B, h * A).
 
 
 class EnsembleLinear(nn.Module):
@@ -209,21 +178,6 @@ class EnsembleLayerNorm(nn.Module):
         return torch.addcmul(self.bias, normalised, self.scale)
 
 
-class GELU(nn.Module):
-    """The tanh approximation of GELU.
-
-    On CPUs torch's tanh is slow and its sigmoid is fast, so that x * sigmoid(2u), the same function
-    as x / 2 * (1 + tanh(u)), is faster. Not where gradients are needed: more is kept for them.
-    """
-
-    def forward(self, x):
-        needs_gradient = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if x.is_cuda or needs_gradient:
-            return F.gelu(x, approximate="tanh")
-        two_u = torch.addcmul(x, x * x, x, value=0.044715).mul_((8 / torch.pi) ** 0.5)
-        return x * two_u.sigmoid_()
-
-
 class MLP(nn.Sequential):
     """(B, in) -> (ensemble, B, out); hidden layers are linear, GELU and, if asked, LayerNorm."""
 
@@ -231,7 +185,7 @@ class MLP(nn.Sequential):
         layers = []
         for width in hidden:
             layers.append(EnsembleLinear(in_dim, width, ensemble))
-            layers.append(GELU())
+            layers.append(nn.GELU(approximate="tanh"))
             if layer_norm:
                 layers.append(EnsembleLayerNorm(width, ensemble))
             in_dim = width
@@ -240,7 +194,7 @@ class MLP(nn.Sequential):
 
 
 class Critic(nn.Module):
-    """Q(s, a), an ensemble: (B, O), (B, A) -> (ensemble, B)."""
+    """Q(s, a), an ensemble: (B, O), (B, h * A) -> (ensemble, B)."""
 
     def __init__(self, obs_dim, action_dim, hidden, ensemble):
         super().__init__()
@@ -251,7 +205,7 @@ class Critic(nn.Module):
 
 
 class Velocity(nn.Module):
-    """v(s, x_t, t), the velocity field of the flow: (B, O), (B, A), (B, 1) -> (B, A)."""
+    """v(s, x_t, t), the velocity field of the flow: (B, O), (B, h * A), (B, 1) -> (B, h * A)."""
 
     def __init__(self, obs_dim, action_dim, hidden):
         super().__init__()
@@ -262,7 +216,7 @@ class Velocity(nn.Module):
 
 
 class OneStep(nn.Module):
-    """mu(s, z), from noise to action in one step: (B, O), (B, A) -> (B, A), not clipped."""
+    """mu(s, z), from noise to action in one step: (B, O), (B, h * A) -> (B, h * A), not clipped."""
 
     def __init__(self, obs_dim, action_dim, hidden):
         super().__init__()
@@ -291,7 +245,7 @@ def rollout(velocity, obs, x, t, flow_steps):
     """Follow the flow from (x, t) to time 1 with K Euler steps, then clip to [-1, 1].
 
     From t = 0 these are K steps of size 1 / K. From t > 0 the flow arrives early, and the remaining
-    steps have size 0, so that every sample takes K steps. (B, O), (B, A), (B, 1) -> (B, A).
+    steps have size 0, so that every sample takes K steps. (B, O), (B, h * A), (B, 1) -> (B, h * A).
     """
     for _ in range(flow_steps):
         dt = (1 - t).clamp(0, 1 / flow_steps)
@@ -301,20 +255,20 @@ def rollout(velocity, obs, x, t, flow_steps):
 
 
 def sample_actions(nets, obs, x0, args):
-    """The policy: noise x_0 ~ N(0, I) to actions in [-1, 1]. (B, O), (B, A) -> (B, A)."""
+    """The policy: noise x_0 ~ N(0, I) to actions in [-1, 1]. (B, O), (B, h * A) -> (B, h * A)."""
     return nets.one_step(obs, x0).clamp(-1, 1)
 
 
 # --------------------------------------------------------------------------------------- losses
 #
-# A batch has observations (B, O), actions (B, A), where A counts all h actions of a chunk, rewards
-# (B,) that are the discounted sum over the chunk's valid steps, masks (B,) that are 0 where the
-# task is solved, next_observations (B, O), and valid (B, h) that is 0 for steps after the end of
-# the episode. A chunk whose last step is not valid has weight 0 in TD.
+# A batch has observations (B, O), actions (B, h * A), rewards (B,), the discounted sum over the
+# valid steps of a chunk, masks (B,), 0 where the task is solved, next_observations (B, O), and
+# valid (B, h), 0 for steps after the end of the episode. A chunk whose last step is not valid has
+# weight 0 in TD.
 
 
-class Draws(NamedTuple):
-    """All random numbers of an update: x0, z ~ N(0, I), (B, A), and t ~ U(0, 1), (B, 1)."""
+class Noise(NamedTuple):
+    """All random numbers of an update: x0, z ~ N(0, I), (B, h * A), and t ~ U(0, 1), (B, 1)."""
 
     next_z: torch.Tensor
     flow_x0: torch.Tensor
@@ -322,11 +276,11 @@ class Draws(NamedTuple):
     policy_z: torch.Tensor
 
 
-def draw(actions, generator):
-    """Draws for a batch with these actions."""
+def sample_noise(actions, generator):
+    """Noise for a batch with these actions."""
     x0 = torch.randn(3, *actions.shape, device=actions.device, generator=generator)
     t = torch.rand(len(actions), 1, device=actions.device, generator=generator)
-    return Draws(next_z=x0[0], flow_x0=x0[1], flow_t=t, policy_z=x0[2])
+    return Noise(next_z=x0[0], flow_x0=x0[1], flow_t=t, policy_z=x0[2])
 
 
 def aggregate(q, q_agg):
@@ -335,7 +289,7 @@ def aggregate(q, q_agg):
 
 
 @torch.no_grad()
-def critic_target(nets, batch, z, args):
+def td_target(nets, batch, z, args):
     """r + discount^h * mask * Q'(s', a'), with a' from the current policy: (B,).
 
     Q' is the mean of the target critics - rho * their population standard deviation, or the
@@ -350,7 +304,7 @@ def critic_target(nets, batch, z, args):
 
 
 # Each loss returns itself and what to log. Logged names that end in _loss are plotted and have to
-# stay finite; q_min and q_max are compared with the range of returns.
+# stay finite.
 
 
 def critic_loss(nets, batch, target):
@@ -386,14 +340,14 @@ def policy_loss(nets, batch, z, args):
     return loss, dict(distill_loss=distill_loss, q_loss=q_loss)
 
 
-def total_loss(nets, batch, draws, args):
+def total_loss(nets, batch, noise, args):
     """The sum of the losses; each trains its own network only."""
-    target = critic_target(nets, batch, draws.next_z, args)
-    loss_q, metrics_q = critic_loss(nets, batch, target)
-    loss_v, metrics_v = flow_loss(nets, batch, draws.flow_x0, draws.flow_t)
-    loss_pi, metrics_pi = policy_loss(nets, batch, draws.policy_z, args)
-    metrics = {**metrics_q, **metrics_v, **metrics_pi}
-    return loss_q + loss_v + loss_pi, {name: x.detach() for name, x in metrics.items()}
+    q_target = td_target(nets, batch, noise.next_z, args)
+    q_loss, q_metrics = critic_loss(nets, batch, q_target)
+    bc_loss, bc_metrics = flow_loss(nets, batch, noise.flow_x0, noise.flow_t)
+    pi_loss, pi_metrics = policy_loss(nets, batch, noise.policy_z, args)
+    metrics = {**q_metrics, **bc_metrics, **pi_metrics}
+    return q_loss + bc_loss + pi_loss, {name: x.detach() for name, x in metrics.items()}
 
 
 # --------------------------------------------------------------------------------------- update
@@ -406,11 +360,11 @@ def make_optimizer(nets, args):
     return torch.optim.Adam(parameters, lr=args.lr, eps=1e-8, fused=True, capturable=on_cuda)
 
 
-def update(nets, optimizer, batch, draws, args, loss=total_loss):
+def update(nets, optimizer, batch, noise, args, loss_fn=total_loss):
     """One gradient step on every network; returns the metrics as tensors on the device."""
-    total, metrics = loss(nets, batch, draws, args)
+    loss, metrics = loss_fn(nets, batch, noise, args)
     optimizer.zero_grad()
-    total.backward()
+    loss.backward()
     with torch.no_grad():  # before Adam: the target mixes in the critic from before this step
         for target, online in zip(nets.target_critic.parameters(), nets.critic.parameters()):
             target.mul_(1 - args.tau).add_(online, alpha=args.tau)
@@ -421,24 +375,12 @@ def update(nets, optimizer, batch, draws, args, loss=total_loss):
 # ----------------------------------------------------------------------------------- evaluation
 
 
-def saved_args(state):
-    """The settings in a checkpoint as Args."""
-    saved = dict(state["config"]["args"])
-    unknown = saved.keys() - vars(Args()).keys()
-    if unknown:
-        raise common.UserError(f"the run has settings unknown to this script: {unknown}")
-    saved["hidden"] = tuple(saved["hidden"])  # JSON has lists only
-    return Args(**saved)
-
-
 def load(folder, device="cpu"):
     """Networks and settings of the run in a folder, for `act`. Raises UserError."""
-    state = common.read_checkpoint(folder, Path(__file__).name)
-    if "nets" not in state:
-        raise common.UserError(f"{folder}: has no checkpoint.pt")
-    args = saved_args(state)
-    nets = Networks(*state["sizes"], args).to(device)
-    nets.load_state_dict(state["nets"])
+    checkpoint = common.read_checkpoint(folder)
+    args = saved_args(folder)
+    nets = Networks(*checkpoint["sizes"], args).to(device)
+    common.load_weights(nets, checkpoint["nets"])
     return nets, args
 
 
@@ -495,48 +437,154 @@ def evaluate(policy, envs, num_episodes, seed):
 # ------------------------------------------------------------------------------------- training
 
 
-class Collector:
-    """Plays episodes, one step per call, and appends each step to the dataset.
+def train(args, dataset, env, envs, run):
+    """Train on `dataset`, then online in `env`, evaluate in `envs`; returns the networks.
 
-    env: one environment; `success` in a step's info is logged. policy: as for `evaluate`.
+    dataset: common.Dataset; the online phase appends to it. env: one environment, a `SeededEnv`.
+    envs: those of `make_envs`. run: common.Run.
     """
+    common.check_envs(env, envs)
+    device = dataset.actions.device
+    torch.manual_seed(args.seed + 2**31)  # for the weights: not the generator's random numbers
+    generator = torch.Generator(device).manual_seed(args.seed)
+    obs_dim = dataset.observations.shape[1]
+    action_dim = args.horizon * dataset.actions.shape[1]
+    nets = Networks(obs_dim, action_dim, args).to(device)
+    optimizer = make_optimizer(nets, args)
+    loss_fn = torch.compile(total_loss, fullgraph=True) if args.compile else total_loss
 
-    def __init__(self, env, policy, dataset):
-        self.env = env
-        self.policy = policy
-        self.dataset = dataset
-        self.obs = None  # between episodes
-        self.chunk = []  # the actions to come, executed open loop
-        self.episode_return = 0.0
-        self.ended = {"return": [], "success": []}  # of the episodes since the last `results`
+    step = 0  # one update each; in the online phase, after one step in the environment
+    last_step = args.offline_steps + args.online_steps
+    checkpoint = run.restore()
+    if checkpoint:
+        step = checkpoint["step"]
+        common.load_weights(nets, checkpoint["nets"])
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})
+        common.restore_generator(generator, checkpoint["generator"], args.seed + step)
+        dataset.append_collected(checkpoint["collected"])
+    del checkpoint  # a second copy of what was collected
+    dataset.reserve(min(args.online_steps, max(0, last_step - step)))
 
-    def step(self, seed):
-        """One step in the environment. seed: of the episode, if one begins."""
-        if self.obs is None:
-            self.obs, _ = self.env.reset(seed=seed)
-        if not self.chunk:
-            self.chunk = list(self.policy(self.obs[None])[0])
-        action = self.chunk.pop(0)
-        next_obs, reward, terminated, truncated, info = self.env.step(action)
-        done = terminated or truncated
-        mask = 1.0 - terminated  # where only time is up, the critic bootstraps
-        self.dataset.append(self.obs, action, reward, mask, next_obs, done)
-        self.obs = next_obs
-        self.episode_return += float(reward)
-        if done:
-            self.ended["return"].append(self.episode_return)
-            self.ended["success"].append(float(info.get("success", math.nan)))
-            self.obs = None
-            self.chunk = []
-            self.episode_return = 0.0
+    def sample_and_update():
+        batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
+        noise = sample_noise(batch.actions, generator)
+        return update(nets, optimizer, batch, noise, args, loss_fn)
 
-    def results(self):
-        """Mean return and success of the episodes that ended since the last call, else NaN."""
-        means = {}
-        for name, values in self.ended.items():
-            means[f"train_{name}"] = sum(values) / len(values) if values else math.nan
-            values.clear()
-        return means
+    if args.compile and device.type == "cuda":
+        torch.cuda.set_device(device)  # a graph is captured on the current device
+        sample_and_update = CUDAGraph(sample_and_update, generator)
+
+    obs = None  # of the online phase; None between episodes
+    run.show_progress(step, last_step, "updates")
+    logged_step = step
+    logged_time = time.perf_counter()
+    while step < last_step:
+        step += 1
+        if step > args.offline_steps:  # online: first, one step in the environment
+            if obs is None:
+                obs, _ = env.reset(seed=args.seed + step)
+                chunk = []
+                episode_return = 0.0
+            if not chunk:
+                chunk = list(act(nets, obs[None], args, generator)[0])
+            action = chunk.pop(0)  # open loop
+            next_obs, reward, terminated, truncated, info = env.step(action)
+            done = terminated or truncated
+            mask = 1.0 - terminated  # on a time limit, the critic still bootstraps
+            dataset.append(obs, action, reward, mask, next_obs, done)
+            episode_return += reward
+            obs = next_obs
+            if done:
+                success = info.get("success", math.nan)
+                row = {"step": step, "return": episode_return, "success": success}
+                run.log("episodes.csv", row)
+                obs = None
+        metrics = sample_and_update()
+        run.bar.update()
+
+        ends_phase = step in (args.offline_steps, last_step)
+        evaluates = step % args.eval_interval == 0 or ends_phase
+        if evaluates or step % args.log_interval == 0:
+            row = dict(step=step)
+            for name, value in metrics.items():
+                row[name] = value.item()
+            seconds = time.perf_counter() - logged_time
+            row["steps_per_s"] = round((step - logged_step) / seconds, 1)
+            run.log("train.csv", row)
+            logged_step = step
+            logged_time = time.perf_counter()
+
+        if evaluates:
+            seed = args.seed + step
+            eval_generator = torch.Generator(device).manual_seed(seed)
+            policy = partial(act, nets, args=args, generator=eval_generator)
+            results = evaluate(policy, envs, args.eval_episodes, seed)
+            row = dict(step=step, episodes=args.eval_episodes)
+            for name, values in results.items():
+                row[name] = values.mean().item()
+            run.log("eval.csv", row)
+            run.plot(switch=args.offline_steps)
+            logged_time = time.perf_counter()  # the speed excludes evaluation
+
+        if evaluates or run.save_is_due():
+            run.save(
+                step=step,
+                sizes=nets.sizes,
+                nets=nets.state_dict(),
+                optimizer=optimizer.state_dict()["state"],
+                generator=generator.get_state(),
+                collected=dataset.collected(),
+            )
+    run.finish()
+    return nets
+
+
+# --------------------------------------------------------------------------------- command line
+
+
+def make_env(args, **options):
+    """The environment of --env with actions in [-1, 1]; options: as for gymnasium.make."""
+    _, _, env_id = common.resolve_task(args.env, args.task)
+    env = gymnasium.make(env_id, **options)
+    if args.sparse:
+        env = gymnasium.wrappers.TransformReward(env, common.sparse_reward)
+    return env
+
+
+def check_args(args):
+    """Raise UserError for a value that cannot work."""
+    may_be_zero = "task seed offline_steps online_steps rho".split()
+    common.check_numbers(args, may_be_zero)
+    if args.rho > 0 and args.q_agg == "min":
+        raise common.UserError(f"--rho {args.rho}: needs --q-agg mean")
+    if args.sparse and not args.env.startswith(("scene-", "puzzle-")):
+        raise common.UserError(f"--sparse: is for scene and puzzle, not for --env {args.env}")
+
+
+def main():
+    args = parse_args()
+    name, dataset_name, env_id = common.resolve_task(args.env, args.task)
+    env = make_env(args)
+    env.close = lambda: None  # gymnasium closes it after a look at its spaces
+    # The processes fork and share this environment, since loading one takes seconds and memory.
+    num_envs = min(args.eval_episodes, 25)
+    with closing(make_envs(lambda: env, num_envs)) as envs:
+        device = choose_device(args.device)
+        torch.set_float32_matmul_precision(args.matmul_precision)
+        if args.compile:
+            common.check_compiler()
+        dataset, description = common.get_dataset(
+            dataset_name, env_id, args.dataset, device, args.sparse
+        )
+        if args.horizon > len(dataset):
+            raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")
+        if not any(re.match(names, args.env) for names in SETTINGS):
+            print(f"--env {args.env} has no tuned settings: these are the defaults")
+        with common.start_run(__file__, name, args, description, device) as run:
+            train(args, dataset, SeededEnv(env), envs, run)
+
+
+# ------------------------------------------- from here on the same in all three scripts: plumbing
 
 
 class CUDAGraph:
@@ -568,110 +616,11 @@ class CUDAGraph:
         return self.result
 
 
-def train(args, dataset, env, envs, run):
-    """Train on `dataset`, then online in `env`, evaluate in `envs`; returns the networks.
-
-    dataset: common.Dataset; the online phase appends to it. env: one environment. envs: vector
-    environment with autoreset mode SAME_STEP, which `make_envs` sets. run: common.Run. Raises
-    ValueError.
-    """
-    if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
-        raise ValueError(f"autoreset_mode must be SAME_STEP, is {envs.metadata}")
-    device = dataset.actions.device
-    torch.manual_seed(args.seed + 2**31)  # for the weights: not the generator's random numbers
-    generator = torch.Generator(device).manual_seed(args.seed)
-    eval_generator = torch.Generator(device)
-    obs_dim = dataset.observations.shape[1]
-    action_dim = args.horizon * dataset.actions.shape[1]
-    nets = Networks(obs_dim, action_dim, args).to(device)
-    optimizer = make_optimizer(nets, args)
-    loss = torch.compile(total_loss, fullgraph=True) if args.compile else total_loss
-
-    step = 0  # one update each; in the online phase, after one step in the environment
-    last_step = args.offline_steps + args.online_steps
-    checkpoint = run.restore()
-    if checkpoint:
-        step = checkpoint["step"]
-        nets.load_state_dict(checkpoint["nets"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        generator.set_state(checkpoint["generator"])
-        if checkpoint["collected"]:
-            dataset.append_collected(checkpoint["collected"])
-    del checkpoint  # a second copy of what was collected
-    steps_left = max(0, last_step - step)
-    dataset.reserve(min(args.online_steps, steps_left))
-
-    def sample_and_update():
-        batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
-        draws = draw(batch.actions, generator)
-        return update(nets, optimizer, batch, draws, args, loss)
-
-    def policy(obs):
-        return act(nets, obs, args, generator)
-
-    def eval_policy(obs):
-        return act(nets, obs, args, eval_generator)
-
-    collector = Collector(env, policy, dataset)
-    if args.compile and device.type == "cuda":
-        torch.cuda.set_device(device)  # a graph is captured on the current device
-        sample_and_update = CUDAGraph(sample_and_update, generator)
-    run.show_progress(step, last_step, "updates")
-    logged_step = step
-    logged_time = time.perf_counter()
-    while step < last_step:
-        step += 1
-        if step > args.offline_steps:
-            collector.step(seed=args.seed + step)
-        metrics = sample_and_update()
-        run.bar.update()
-
-        ends_phase = step in (args.offline_steps, last_step)
-        evaluates = step % args.eval_interval == 0 or ends_phase
-        if evaluates or step % args.log_interval == 0:
-            row = dict(step=step)
-            for name, value in metrics.items():
-                row[name] = value.item()
-            row.update(collector.results())
-            seconds = time.perf_counter() - logged_time
-            row["time_updates_per_s"] = round((step - logged_step) / seconds, 1)
-            run.log("train.csv", row)
-            run.check_q(row, dataset.rewards, args.discount)
-            logged_step = step
-            logged_time = time.perf_counter()
-
-        if evaluates:
-            seed = args.seed + step
-            eval_generator.manual_seed(seed)
-            results = evaluate(eval_policy, envs, args.eval_episodes, seed)
-            row = dict(step=step, episodes=args.eval_episodes)
-            for name, values in results.items():
-                row[name] = values.mean().item()
-            run.log("eval.csv", row)
-            run.plot(switch=args.offline_steps)
-            logged_time = time.perf_counter()  # the speed excludes evaluation
-
-        if evaluates or run.save_is_due():
-            run.save(
-                step=step,
-                sizes=nets.sizes,
-                nets=nets.state_dict(),
-                optimizer=optimizer.state_dict(),
-                generator=generator.get_state(),
-                collected=dataset.collected(),
-            )
-    run.finish()
-    return nets
-
-
-# --------------------------------------------------------------------------------- environments
-
-
-class SeededReset(gymnasium.Wrapper):
+class SeededEnv(gymnasium.Wrapper):
     """Makes episodes reproducible: OGBench draws from NumPy's global generator too.
 
-    It seeds that one, so there must not be two of them in a process. Of a step's info only
-    `success` is kept; the rest would be sent from process to process for nothing.
+    It seeds the global generators, so only one may be in use in a process. Returns copies of
+    observations, rewards as plain numbers and, of a step's info, `success` only.
     """
 
     def __init__(self, env):
@@ -683,228 +632,96 @@ class SeededReset(gymnasium.Wrapper):
             self.rng = np.random.default_rng(seed)
         episode_seed = int(self.rng.integers(2**31))
         np.random.seed(episode_seed)
+        random.seed(episode_seed)
         obs, _ = self.env.reset(seed=episode_seed, options=options)
-        return obs, {}
+        return np.array(obs), {}
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
+        reward = np.asarray(reward).item()
         kept = {"success": info["success"]} if "success" in info else {}
-        return obs, reward, terminated, truncated, kept
+        return np.array(obs), reward, bool(terminated), bool(truncated), kept
+
+
+def env_process(*args):
+    """What a process of `make_envs` runs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        _async_worker(*args)
+    except OSError:  # its pipe is closed: the main process is gone
+        os._exit(1)
 
 
 class Envs(AsyncVectorEnv):
-    """Environments in processes of their own that close immediately."""
+    """Closes at once: gymnasium waits for answers of its processes, perhaps forever."""
 
     def close_extras(self, **kwargs):
-        for process in self.processes:  # gymnasium waits for their answers, perhaps forever
+        for process in self.processes:
             process.kill()
 
 
-class StaysOpen(SeededReset):
-    """Ignores close(), which gymnasium calls once it has looked at the spaces."""
-
-    def close(self):
-        pass
-
-
 def make_envs(make_env, num_envs):
-    """Vector environment of `num_envs` copies of the environment that make_env() returns."""
-    env = make_env()  # once: forked processes share its memory, most of which is MuJoCo's model
-
-    def start():
-        in_worker = multiprocessing.parent_process() is not None
-        if not in_worker:
-            return StaysOpen(env)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process,
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which then kills its workers
-        return SeededReset(env)
-
-    mode = AutoresetMode.SAME_STEP
-    return Envs([start] * num_envs, autoreset_mode=mode, context="fork")
+    """Vector environment for `evaluate`: each of its processes calls make_env() for its own."""
+    return Envs(
+        [lambda: SeededEnv(make_env())] * num_envs,
+        autoreset_mode=AutoresetMode.SAME_STEP,
+        context="fork",
+        worker=env_process,
+    )
 
 
-# --------------------------------------------------------------------------------- command line
-
-# Flags of all three scripts.
-MAY_CHANGE_ON_RESUME = (
-    "resume device dataset dataset_url offline_steps online_steps eval_interval eval_episodes "
-    "log_interval compile track"
-).split()
-MAY_CHANGE_ON_EVALUATE = "evaluate video eval_episodes seed device matmul_precision".split()
+def saved_args(folder):
+    """The settings of the run in a folder as Args. Raises UserError."""
+    saved = common.read_config(folder)["args"]
+    unknown = saved.keys() - vars(Args()).keys()
+    if unknown:
+        raise common.UserError(f"{folder}: has settings unknown to this script: {unknown}")
+    saved["hidden"] = tuple(saved["hidden"])  # JSON has lists only
+    return Args(**saved)
 
 
 def parse_args():
     """The command line as Args. Raises UserError.
 
-    A flag that is not given has the value of the run to resume or to evaluate, else that of
-    SETTINGS for --env, else the default in Args.
+    A flag that is not given has the value of the run to resume, else that of SETTINGS for --env,
+    else the default in Args.
     """
     description = __doc__ + "\nDefaults by environment, shown in full by --env NAME --help:\n\n"
     for names, settings in SETTINGS.items():
         values = ", ".join(f"{name}={value}" for name, value in settings.items())
         description += f"    {names}: {values}\n"
 
-    # A first pass for --env, --resume and --evaluate, which choose the defaults of the second.
+    # A first pass for --env and --resume, which choose the defaults of the second.
     given, _ = tyro.cli(Args, return_unknown_args=True, add_help=False)
     default = Args(env=given.env)
     for names, settings in SETTINGS.items():
         if re.match(names, given.env):
             default = replace(default, **settings)
-    state = {}
-    folder = given.resume or given.evaluate
-    if folder:
-        state = common.read_checkpoint(folder, Path(__file__).name)
-        default = replace(saved_args(state), resume="", evaluate="", video=False)
-        if given.evaluate:
-            default = replace(default, device="auto")
+    if given.resume and given.start_or_resume:
+        raise common.UserError("--resume and --start-or-resume exclude each other")
+    if given.resume or common.has_checkpoint(given.start_or_resume):
+        saved = saved_args(given.resume or given.start_or_resume)
+        default = replace(saved, resume="", start_or_resume="")
     args = tyro.cli(Args, default=default, description=description)
-
     check_args(args)
-    if args.resume and args.evaluate:
-        raise common.UserError("--resume and --evaluate exclude each other")
-    if args.video and not args.evaluate:
-        raise common.UserError("--video: needs --evaluate RUN")
-    may_change = set(MAY_CHANGE_ON_RESUME if args.resume else MAY_CHANGE_ON_EVALUATE)
-    if state.get("collected"):  # the online phase has begun
-        may_change.discard("offline_steps")
-    done = state.get("step", 0)
-    goes_online = args.resume and args.online_steps > 0 and not state.get("collected")
-    if goes_online and args.offline_steps < done:
-        raise common.UserError(f"--offline-steps {args.offline_steps}: {done} are done already")
-    for name, value in vars(args).items():
-        before = getattr(default, name)
-        if folder and value != before and name not in may_change:
-            flag = name.replace("_", "-")
-            raise common.UserError(f"--{flag} {value}: {folder} was trained with {before}")
     return args
 
 
 def choose_device(name):
-    """--device as a torch.device, with an index if it is a GPU. Raises UserError."""
-    num_gpus = torch.cuda.device_count()  # unlike is_available(), it leaves CUDA untouched
-    if name == "auto":
-        name = "cuda" if num_gpus else "cpu"
-    if name == "cuda" and num_gpus:
-        name = "cuda:0"
-    if name != "cpu" and name not in [f"cuda:{i}" for i in range(num_gpus)]:
-        found = f"{num_gpus} CUDA devices found"
-        raise common.UserError(f"--device {name}: must be auto, cpu, cuda or cuda:N; {found}")
-    return torch.device(name)
-
-
-def set_matmul_precision(precision, device):
-    """Choose how float32 matrices are multiplied; "auto" is TF32 on CUDA.
-
-    On a CPU, torch multiplies with MKL, unless the precision is "medium": then with oneDNN, which
-    is up to twice as fast on AMD and, on CPUs with bfloat16 units, may round to bfloat16. So "auto"
-    is "medium" if the product of two matrices shows the precision of float32, else "highest".
-    """
-    if precision != "auto":
-        torch.set_float32_matmul_precision(precision)
-        return
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-        return
-    torch.set_float32_matmul_precision("medium")
-    x, y = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
-    exact = x.double() @ y.double()
-    if (x @ y - exact).norm() > 1e-5 * exact.norm():
-        torch.set_float32_matmul_precision("highest")
-
-
-def report(results):
-    """Print the mean of each result and its 95 % interval; for the success rate it is Wilson's."""
-    z = 1.96
-    for name, values in results.items():
-        n = len(values)
-        mean = values.mean()
-        if name == "success":
-            centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
-            half = z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
-        else:
-            centre = mean
-            half = z * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
-        if not np.isnan(mean):
-            print(f"{name} {mean:.4g} (95 %: {centre - half:.4g} to {centre + half:.4g})")
-
-
-def film(policy, env, seed, path):
-    """Write three episodes in `env` (render_mode "rgb_array") to a GIF, every eighth step."""
-    frames = []
-    for episode in range(3):
-        obs, _ = env.reset(seed=seed + episode)
-        step = 0
-        done = False
-        while not done:
-            for action in policy(obs[None])[0]:
-                if step % 8 == 0:
-                    frames.append(env.render())
-                obs, _, terminated, truncated, _ = env.step(action)
-                step += 1
-                done = terminated or truncated
-                if done:
-                    break
-    with common.disk_errors(path.parent):
-        imageio.mimsave(path, frames, loop=0)
-    print(f"three episodes, every eighth step: {path}")
-
-
-def evaluate_run(args, make_env, envs, device):
-    """--evaluate: print what the policy of a run achieves; --video: film it."""
-    nets, _ = load(args.evaluate, device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-
-    def policy(obs):
-        return act(nets, obs, args, generator)
-
-    report(evaluate(policy, envs, args.eval_episodes, args.seed))
-    if args.video:
-        path = Path(args.evaluate) / "evaluation.gif"
-        try:
-            with SeededReset(make_env(render_mode="rgb_array")) as env:
-                film(policy, env, args.seed, path)
-        except mujoco.FatalError as error:
-            hint = "without a display, set the environment variable MUJOCO_GL to egl or osmesa"
-            raise common.UserError(f"--video: cannot render ({error}); {hint}") from None
-        except gymnasium.error.DependencyNotInstalled as error:
-            raise common.UserError(f"--video: cannot render ({error})") from None
-
-
-def main():
-    args = parse_args()
-    name, dataset_name, env_id = common.resolve_task(args.env, args.task)
-    device = choose_device(args.device)
-
-    def make_env(**options):
-        env = gymnasium.make(env_id, **options)
-        if args.sparse:
-            env = gymnasium.wrappers.TransformReward(env, common.sparse_reward)
-        return env
-
-    num_envs = min(args.eval_episodes, 25)
-    with closing(make_envs(make_env, num_envs)) as envs:  # before CUDA is used: they fork
-        set_matmul_precision(args.matmul_precision, device)
-        if args.evaluate:
-            return evaluate_run(args, make_env, envs, device)
-        has_compiler = shutil.which("g++") or shutil.which("clang++") or "CXX" in os.environ
-        if args.compile and not has_compiler:
-            raise common.UserError("--compile: no C++ compiler found (g++, clang++ or $CXX)")
-        dataset, description = common.get_dataset(
-            dataset_name, env_id, args.dataset, args.dataset_url, device, args.sparse
-        )
-        if args.horizon > len(dataset):
-            raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")
-        script = Path(__file__)
-        started = time.strftime("%Y%m%d-%H%M%S")
-        new_folder = Path(args.run_dir) / f"{name}__{script.stem}__{args.seed}__{started}"
-        config = dict(script=script.name, args=vars(args), device=device.type, dataset=description)
-        folder = args.resume or new_folder
-        run = common.Run(folder, config, bool(args.resume), args.track)
-        with run, SeededReset(make_env()) as env:
-            print(f"{name}: {description}")
-            print("settings:", ", ".join(f"{name}={value}" for name, value in vars(args).items()))
-            print(f"device: {device}, writing to {run.folder}")
-            train(args, dataset, env, envs, run)
+    """--device as a torch.device; "auto" is CUDA if one kernel runs there. Raises UserError."""
+    if name == "cpu" or (name == "auto" and torch.cuda.device_count() == 0):
+        return torch.device("cpu")
+    try:
+        device = torch.device("cuda" if name == "auto" else name)
+        torch.ones(1, device=device).add(1).item()
+        return device
+    except (RuntimeError, AssertionError) as error:  # an old driver or an unsupported card, say
+        reason = str(error).partition("\n")[0]
+        if name != "auto":
+            raise common.UserError(f"--device {name}: cannot be used: {reason}") from None
+        print(f"the GPU cannot be used, so this runs on the CPU: {reason}")
+        return torch.device("cpu")
 
 
 if __name__ == "__main__":

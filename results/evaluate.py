@@ -1,0 +1,125 @@
+"""Evaluates a run: success, return and length with 95% intervals; --video films three episodes.
+
+    python results/evaluate.py runs/RUN --episodes 200
+    MUJOCO_GL=egl python results/evaluate.py runs/RUN --video
+
+Works for every script that has the functions `load`, `act`, `evaluate` and `make_env` of qflow.py,
+a copy of it too, as long as the script is in the project's folder, under results/ or in the current
+folder.
+"""
+
+import importlib
+import math
+import sys
+import warnings
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import gymnasium
+import imageio
+import mujoco
+import numpy as np
+import torch
+import tyro
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
+
+@dataclass
+class Args:
+    run: tyro.conf.Positional[Path]
+    """folder of the run, with config.json and checkpoint.pt"""
+    episodes: int = 50
+    """number of episodes"""
+    seed: int = 0
+    """seed of the episodes and of the policy's noise"""
+    video: bool = False
+    """also write three episodes to evaluation.gif in the folder"""
+    device: str = "auto"
+    """auto (CUDA if usable), cpu, cuda or cuda:N"""
+
+
+def import_script(name):
+    """The module of a run's script. Raises UserError."""
+    for folder in (ROOT, Path.cwd(), *ROOT.glob("results/*")):
+        if (folder / name).is_file():
+            sys.path.insert(0, str(folder))
+            return importlib.import_module(Path(name).stem)
+    raise common.UserError(f"{name}, the run's script, is neither in {ROOT} nor in {Path.cwd()}")
+
+
+def print_intervals(results):
+    """Print the mean of each result and its 95% interval; for the success rate it is Wilson's."""
+    z = 1.96
+    for name, values in results.items():
+        n = len(values)
+        mean = values.mean()
+        if name == "success":
+            centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
+            half = z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
+        else:
+            centre = mean
+            half = z * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+        if not np.isnan(mean):
+            print(f"{name} {mean:.4g} (95%: {centre - half:.4g} to {centre + half:.4g})")
+
+
+def record_video(policy, env, seed, path):
+    """Write three episodes in `env` (render_mode "rgb_array") to a GIF, every eighth step."""
+    frames = []
+    for episode in range(3):
+        obs, _ = env.reset(seed=seed + episode)
+        step = 0
+        done = False
+        while not done:
+            for action in policy(obs[None])[0]:
+                if step % 8 == 0:
+                    frames.append(env.render())
+                obs, _, terminated, truncated, _ = env.step(action)
+                step += 1
+                done = terminated or truncated
+                if done:
+                    break
+    with common.disk_errors(path.parent):
+        imageio.mimsave(path, frames, loop=0)
+    print(f"three episodes, every eighth step: {path}")
+
+
+def main():
+    cli = tyro.cli(Args, description=__doc__)
+    if cli.episodes < 1:
+        raise common.UserError(f"--episodes {cli.episodes}: must be positive")
+    script = import_script(common.read_config(cli.run)["script"])
+    nets, args = script.load(cli.run)
+    env = script.make_env(args)
+    env.close = lambda: None  # gymnasium closes it after a look at its spaces
+    with closing(script.make_envs(lambda: env, min(cli.episodes, 25))) as envs:
+        device = script.choose_device(cli.device)
+        nets.to(device)
+        generator = torch.Generator(device).manual_seed(cli.seed)
+        policy = partial(script.act, nets, args=args, generator=generator)
+        print_intervals(script.evaluate(policy, envs, cli.episodes, cli.seed))
+    if cli.video:
+        try:
+            with script.SeededEnv(script.make_env(args, render_mode="rgb_array")) as env:
+                record_video(policy, env, cli.seed, cli.run / "evaluation.gif")
+        except mujoco.FatalError as error:
+            hint = "without a display, set the environment variable MUJOCO_GL to egl"
+            raise common.UserError(f"--video: cannot render ({error}); {hint}") from None
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise common.UserError(f"--video: cannot render ({error})") from None
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, float64 spaces
+    try:
+        main()
+    except common.UserError as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
