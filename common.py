@@ -279,7 +279,7 @@ class Dataset:
 def data_folder():
     """Where datasets are kept: $OGBENCH_DATA, by default OGBench's ~/.ogbench/data."""
     try:
-        return Path(os.environ.get("OGBENCH_DATA", "~/.ogbench/data")).expanduser()
+        return Path(os.environ.get("OGBENCH_DATA") or "~/.ogbench/data").expanduser()
     except RuntimeError:
         hint = "set OGBENCH_DATA to a folder for datasets"
         raise UserError(f"there is no home directory; {hint}") from None
@@ -291,8 +291,10 @@ def read_ogbench_file(path):
     The second is None for official files, which do not say. Raises UserError.
     """
     try:
-        if not is_complete(path):
-            raise ValueError("damaged, its checksums do not fit")
+        with zipfile.ZipFile(path) as archive:
+            damaged_member = archive.testzip()  # compares all checksums
+        if damaged_member:
+            raise ValueError(f"{damaged_member} is damaged")
         with np.load(path) as file:
             given = {name: file[name] for name in ("rewards", "masks") if name in file}
             names = set(file)
@@ -365,12 +367,14 @@ def get_dataset(name, env_id, source="", device="cpu", sparse=False):
     folder = data_folder()
     path = folder / f"{name}.npz"
     if source.startswith(("http://", "https://")):
-        file_name = source.partition("?")[0].rpartition("/")[2]
-        path = folder / "downloaded" / file_name
+        address = source.partition("?")[0]
+        if not address.endswith(".npz"):
+            raise UserError(f"--dataset {source}: must be the URL of an npz file")
+        path = folder / "downloaded" / re.sub(r"[^\w.-]+", "_", address)
         make_once(path, lambda: download([source], path))
     elif source:
         path = Path(source)
-    elif not path.exists() and re.fullmatch("pointmaze-.*-navigate-v0", name):
+    elif not os.path.exists(path) and re.fullmatch("pointmaze-.*-navigate-v0", name):
         path = folder / "collected" / f"{name}.npz"
         make_once(path, lambda: collect_pointmaze(name, path))
     else:
@@ -392,7 +396,7 @@ def disk_errors(folder):
 
 def make_once(path, make):
     """Call make() unless the file exists; of several processes, one calls and the others wait."""
-    if path.exists():
+    if os.path.exists(path):
         return
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     with disk_errors(path.parent):
@@ -402,10 +406,11 @@ def make_once(path, make):
         except Timeout:
             print(f"waiting for another process that makes {path}; its lock: {lock.lock_file}")
             lock.acquire()
-    with lock:
+    try:
         if not path.exists():
             make()
-    lock.release()
+    finally:
+        lock.release()
 
 
 def write_file(path, data):
@@ -441,15 +446,17 @@ def download(urls, path):
                 response.raise_for_status()
                 size = int(response.headers.get("Content-Length", 0))
                 bar = tqdm(total=size, unit="B", unit_scale=True, desc=path.name)
-                with disk_errors(path.parent), open(temporary, "wb") as file, bar:
+                with open(temporary, "wb") as file, bar:
                     for block in response.iter_content(2**20):
                         bar.update(file.write(block))
             if is_complete(temporary):
                 os.replace(temporary, path)
                 return
             failures.append(f"{url}: not an npz file")
-        except (requests.RequestException, ValueError) as error:
+        except (requests.RequestException, ValueError) as error:  # ValueError: a wrong length
             failures.append(f"{url}: download failed ({error})")
+        except OSError as error:
+            raise UserError(f"{path.parent}: cannot write there: {error}") from None
         finally:
             temporary.unlink(missing_ok=True)
     raise UserError(
@@ -541,19 +548,44 @@ def collect_episode(job):
 # ----------------------------------------------------------------------- checks before training
 
 
-def check_numbers(args, may_be_zero):
-    """Raise UserError for flags that are negative, zero or too large. may_be_zero: their names."""
-    for name, value in vars(args).items():
+def command_line():
+    """sys.argv as tyro reads it; also takes 1e6 for an integer and what W&B's sweeps write.
+
+    --flag=True and --flag=False become --flag and --no-flag, --hidden=[256, 256] two numbers.
+    """
+    words = []
+    for word in sys.argv[1:]:
+        name, equals, value = word.partition("=")
+        if not (name.startswith("--") and equals):
+            words.append(word)
+        elif value == "True":
+            words.append(name)
+        elif value == "False":
+            words.append(name.replace("--", "--no-", 1))
+        elif value.startswith("["):
+            words += [name, *value.strip("[]").replace(",", " ").split()]
+        else:
+            words += [name, value]
+    for i, word in enumerate(words):
+        is_integer = re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", word) and float(word).is_integer()
+        if is_integer:
+            words[i] = f"{float(word):.0f}"
+    return words
+
+
+def check_flags(args, positive, not_negative):
+    """Raise UserError for a number that cannot work; positive, not_negative: names of flags."""
+    for name in positive.split() + not_negative.split():
+        value = getattr(args, name)
         flag = f"--{name.replace('_', '-')} {value}"
-        if isinstance(value, (int, float)):
-            if name in may_be_zero and not value >= 0 and name != "target_entropy":
-                raise UserError(f"{flag}: must be at least 0")
-            if name not in may_be_zero and not (value > 0 or isinstance(value, bool)):
-                raise UserError(f"{flag}: must be positive")
+        if name in positive.split() and not value > 0:
+            raise UserError(f"{flag}: must be positive")
+        if not value >= 0:
+            raise UserError(f"{flag}: must be at least 0")
         if name in ("discount", "tau") and value > 1:
             raise UserError(f"{flag}: must be at most 1")
-        if name == "hidden" and (len(value) == 0 or min(value) <= 0):
-            raise UserError(f"{flag}: needs positive widths")
+    if len(args.hidden) == 0 or min(args.hidden) < 1:
+        raise UserError(f"--hidden {args.hidden}: needs positive widths")
     if args.offline_steps + args.online_steps == 0:
         raise UserError("--offline-steps and --online-steps: one must be positive")
 
@@ -630,18 +662,18 @@ def read_checkpoint(folder):
 
 def load_weights(nets, weights):
     """Copy the weights of a checkpoint into the networks. Raises UserError."""
-    for name, tensor in nets.state_dict().items():
-        saved = weights.get(name)
-        if saved is None or saved.shape != tensor.shape:
-            shape = None if saved is None else tuple(saved.shape)
-            found = f"{name} is {shape} in the checkpoint and {tuple(tensor.shape)} here"
-            raise UserError(f"the checkpoint is of other networks: {found}")
+    expected = {name: tuple(tensor.shape) for name, tensor in nets.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in {**expected, **found}:
+        if expected.get(name) != found.get(name):
+            shapes = f"{name} is {found.get(name)} there and {expected.get(name)} here"
+            raise UserError(f"the checkpoint is of other networks: {shapes}")
     nets.load_state_dict(weights)
 
 
 def has_checkpoint(folder):
     """Whether `folder` is that of a run with a checkpoint; "" is none."""
-    return folder != "" and (Path(folder) / "checkpoint.pt").exists()
+    return folder != "" and os.path.exists(Path(folder) / "checkpoint.pt")
 
 
 def restore_generator(generator, state, seed):
@@ -656,7 +688,8 @@ def restore_generator(generator, state, seed):
 def print_changes(before, now):
     """Print which settings of a resumed run are others than before (name -> value)."""
     for name, value in now.items():
-        if json.dumps(before.get(name)) != json.dumps(value):
+        is_same = json.dumps(before.get(name)) == json.dumps(value)
+        if not is_same and name not in ("resume", "start_or_resume"):
             print(f"changed: {name} {before.get(name)} -> {value}")
 
 
@@ -720,10 +753,11 @@ class Run:
 
     folder: a number is added to its name if it exists. resume: it is the folder itself, that of an
     earlier run if there is one. config: dict that JSON can hold; `script` is the name of the file
-    that trains, `args` its settings. Use it in a with statement. Raises UserError.
+    that trains, `args` its settings. lock_seconds: how long to wait for an earlier process that
+    still writes there. Use it in a with statement. Raises UserError.
     """
 
-    def __init__(self, folder, config, resume=False, track=False):
+    def __init__(self, folder, config, resume=False, track=False, lock_seconds=0):
         self.folder = Path(folder)
         self.track = track
         self.wandb = None
@@ -744,7 +778,7 @@ class Run:
                 self.folder.mkdir(parents=True, exist_ok=True)
             else:
                 self.folder = make_new_folder(self.folder)
-            self.lock = FileLock(self.folder / ".lock", blocking=False)
+            self.lock = FileLock(self.folder / ".lock", timeout=lock_seconds)
             try:
                 self.lock.acquire()
             except Timeout:
@@ -763,15 +797,19 @@ class Run:
             self.wandb.finish(exit_code=1 if error else 0)
         self.lock.release()
 
-    def restore(self):
-        """What `save` saved last, or None in a new run; prints which settings have changed.
+    def restore(self, nets):
+        """Load the last checkpoint's weights into `nets` and return all of it; None in a new run.
 
-        Writes config.json and removes the rows that were logged after the checkpoint.
+        Prints which settings have changed, writes config.json and removes the rows that were logged
+        after the checkpoint.
         """
         checkpoint = None
         wandb_id = None
         if (self.folder / "checkpoint.pt").exists():
             checkpoint = read_checkpoint(self.folder)
+            if "generator" not in checkpoint:
+                raise UserError(f"{self.folder}: has weights only, which cannot be resumed")
+            load_weights(nets, checkpoint["nets"])
             before = read_config(self.folder)
             wandb_id = before.get("wandb_id")
             print_changes(before["args"], self.config["args"])
@@ -798,14 +836,19 @@ class Run:
         """
         interval = 1 if sys.stderr.isatty() else 60
         self.bar = tqdm(
-            total=total, initial=step, unit=f" {unit}", dynamic_ncols=True, mininterval=interval
+            total=total,
+            initial=step,
+            unit=f" {unit}",
+            dynamic_ncols=True,
+            mininterval=interval,
+            maxinterval=interval,
         )
 
     def log(self, name, row):
         """Append a row (column -> number, `step` first) to the CSV file `name`.
 
-        Columns are those of the file's first row; NaN stands for what a later one lacks. Raises
-        UserError if a loss is not finite.
+        Columns are those of the file's first row: NaN stands for what a later row lacks, and what
+        it has in addition is left out. Raises UserError if a loss is not finite.
         """
         path = self.folder / name
         with disk_errors(self.folder), open(path, "a+", newline="") as file:
@@ -815,7 +858,13 @@ class Run:
                 self.columns[name] = header.split(",") if header else list(row)
                 if not header:
                     file.write(",".join(row) + "\n")
-            writer = csv.DictWriter(file, self.columns[name], restval=math.nan, lineterminator="\n")
+            writer = csv.DictWriter(
+                file,
+                self.columns[name],
+                restval=math.nan,
+                extrasaction="ignore",
+                lineterminator="\n",
+            )
             writer.writerow(row)
         if self.wandb:
             section = name.removesuffix(".csv")
@@ -881,6 +930,16 @@ class Run:
             figure.savefig(self.folder / "curve.png")
 
 
+def warn_of_cpu_quota():
+    """Print a warning where a container grants fewer cores than torch has threads."""
+    path = Path("/sys/fs/cgroup/cpu.max")
+    quota, period = path.read_text().split() if path.exists() else ("max", "1")
+    threads = torch.get_num_threads()
+    if quota != "max" and int(quota) < threads * int(period):
+        cores = max(1, int(quota) // int(period))
+        print(f"this container grants fewer cores than {threads}: set OMP_NUM_THREADS={cores}")
+
+
 def start_run(script, name, args, description, device):
     """A `Run` of the file `script` with these settings, which it prints.
 
@@ -896,7 +955,9 @@ def start_run(script, name, args, description, device):
         started = time.strftime("%Y%m%d-%H%M%S")
         folder = Path(args.run_dir) / f"{name}__{script.stem}__{args.seed}__{started}"
     config = dict(script=script.name, args=vars(args), device=device.type, dataset=description)
-    run = Run(folder, config, bool(old_folder), args.track)
+    lock_seconds = 300 if args.start_or_resume else 0  # a requeued job's last process may yet end
+    run = Run(folder, config, bool(old_folder), args.track, lock_seconds)
+    warn_of_cpu_quota()
     print(f"{name}: {description}")
     print("settings:", ", ".join(f"{name}={value}" for name, value in vars(args).items()))
     print(f"device: {device}, writing to {run.folder}")

@@ -3,7 +3,7 @@
 A flow policy turns noise x_0 ~ N(0, I) into x_K with K Euler steps of a velocity field v(s, x, t);
 the action is tanh(x_K). This is a recurrent network, x_{i+1} = x_i + v(s, x_i, t_i) / K, and the
 actor's gradient is a product of K Jacobians I + dv/dx / K, which can explode or vanish. The paper's
-remedy are two velocity networks from sequence models; a plain one is there to compare:
+remedy is two velocity networks from sequence models; a plain one is the baseline:
 
     flow-g   v = gate * (candidate - x)             the update of a GRU
     flow-t   v = Transformer decoder of (x, t)      with the state as its memory
@@ -70,7 +70,7 @@ class Args:
     device: str = "auto"
     """auto (CUDA if usable), cpu, cuda or cuda:N"""
     offline_steps: int = 0
-    """number of updates on the dataset"""
+    """number of offline steps, each two updates on one batch"""
     online_steps: int = 1_000_000
     """number of steps in the environment after that"""
     learning_starts: int = 50_000
@@ -80,7 +80,7 @@ class Args:
     policy: Literal["flow-t", "flow-g", "naive"] = "flow-t"
     """velocity network: decoded, gated or plain"""
     policy_width: int = 0
-    """of velocity and noise networks; 0: the authors', flow-t 96 (--critic sac: 128), others 512"""
+    """width of its networks; 0: the authors', flow-t 96 (--critic sac: 128), others 512"""
     critic: Literal["crossq", "sac"] = "crossq"
     """crossq: BatchRenorm and ReLU, no target; sac: LayerNorm, GELU, target networks (--tau)"""
     policy_lr: float = 3e-4
@@ -164,8 +164,8 @@ SETTINGS = {  # by the beginning of --env
 
 # ------------------------------------------------------------------------------------- networks
 #
-# B batch, O numbers of an observation, A numbers of an action, h actions of a chunk, K flow steps,
-# N environments. Networks see a chunk as one action: x and actions are (B, h * A).
+# Shapes: B batch, O observation, A action, h chunk length, K flow steps, N environments. Networks
+# see a chunk as one action: x and actions are (B, h * A).
 
 
 def lecun_normal_(weight, fan_in):
@@ -342,7 +342,7 @@ class DecoderLayer(nn.Module):
 
 
 class FlowT(nn.Module):
-    """Flow-T: a Transformer decoder computes v from the token (x_t, t), the state is its memory.
+    """Flow-T: a Transformer decoder computes v from the token (x_t, t), with the state as memory.
 
     (B, O), (B, h * A), (B, 1) -> (B, h * A). The paper's self-attention has a diagonal mask: the
     token of step i sees itself and not the steps before it, or v would not be a function of x_i.
@@ -521,7 +521,7 @@ def aggregate(q, q_agg):
 def critic_loss(nets, batch, x0, eps, args):
     """TD: Q(s, a) -> r + discount^h * mask * (agg Q(s', a') - temperature * log pi(a')).
 
-    With crossq the gradient also passes through the statistics that (s', a') has a share in.
+    With crossq the gradient also passes through the statistics to which (s', a') contributes.
     """
     obs = batch.observations
     next_obs = batch.next_observations
@@ -570,7 +570,9 @@ def policy_loss(nets, batch, x0, eps, args):
     loss = (nets.log_temperature.exp().detach() * log_prob - q).mean()
     metrics = dict(entropy=-log_prob.mean())
     if args.bc_weight > 0:
-        bc_loss = ((actions - batch.actions) ** 2).mean()  # all actions, valid or not, as theirs
+        bc_loss = (
+            (actions - batch.actions) ** 2
+        ).mean()  # all actions, valid or not, as the authors do
         loss = loss + args.bc_weight * bc_loss
         metrics["bc_loss"] = bc_loss
     return loss, dict(policy_loss=loss, **metrics)
@@ -610,9 +612,10 @@ def update_critic(nets, optimizers, batch, noise, args, loss_fn=critic_loss):
     optimizers.critic.zero_grad()
     loss.backward()
     if args.critic == "sac":
-        with torch.no_grad():  # before Adam: the target mixes in the critic from before this step
-            for target, online in zip(nets.target_critic.parameters(), nets.critic.parameters()):
-                target.mul_(1 - args.tau).add_(online, alpha=args.tau)
+        with torch.no_grad():  # before Adam, as the authors do: with the critic of before
+            critics = zip(nets.target_critic.parameters(), nets.critic.parameters())
+            for target_param, param in critics:
+                target_param.mul_(1 - args.tau).add_(param, alpha=args.tau)
     optimizers.critic.step()
     return {name: x.detach() for name, x in metrics.items()}
 
@@ -633,8 +636,8 @@ def update_policy(nets, optimizers, batch, noise, args, loss_fn=policy_loss):
     loss.backward()
     optimizers.policy.step()
 
-    # The gradient that explodes or vanishes. Sigma's is left out: it has that of the entropy, which
-    # grows with K for any velocity.
+    # The gradient that explodes or vanishes. Sigma's is left out: it contains that of the entropy,
+    # which grows with K for any velocity.
     gradients = [parameter.grad for parameter in nets.policy.velocity.parameters()]
     metrics["velocity_grad_norm"] = nn.utils.get_total_norm(gradients)
 
@@ -733,7 +736,7 @@ def train(args, dataset, env, envs, run):
     """
     common.check_envs(env, envs)
     device = dataset.actions.device
-    torch.manual_seed(args.seed + 2**31)  # for the weights: not the generator's random numbers
+    torch.manual_seed(args.seed + 2**31)  # weights; not the seed of the noise
     generator = torch.Generator(device).manual_seed(args.seed)
     obs_dim = dataset.observations.shape[1]
     action_dim = args.horizon * dataset.actions.shape[1]
@@ -747,11 +750,11 @@ def train(args, dataset, env, envs, run):
     starts_uniform = len(dataset) == 0
     metrics = {}  # of the last updates in this phase
     last_step = args.offline_steps + args.online_steps
-    checkpoint = run.restore()
+    checkpoint = run.restore(nets)
     if checkpoint:
         step = checkpoint["step"]
-        common.load_weights(nets, checkpoint["nets"])
         metrics = checkpoint["metrics"]
+        # Adam's averages only: the learning rates are this run's.
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         common.restore_generator(generator, checkpoint["generator"], args.seed + step)
@@ -761,14 +764,14 @@ def train(args, dataset, env, envs, run):
 
     def sample_and_update(kind):
         """kind: "offline"; online, "critic" or, when the policy's turn has come, "both"."""
-        q_loss, v_loss, pi_loss = losses
+        td_loss, fm_loss, pi_loss = losses
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
         noise = sample_noise(batch.actions, args.flow_steps, generator)
-        metrics = update_critic(nets, optimizers, batch, noise, args, q_loss)
+        metrics = update_critic(nets, optimizers, batch, noise, args, td_loss)
         if kind == "offline":  # two updates on each batch, the first one with flow matching
-            metrics |= update_velocity(nets, optimizers, batch, noise, v_loss)
+            metrics |= update_velocity(nets, optimizers, batch, noise, fm_loss)
             noise = sample_noise(batch.actions, args.flow_steps, generator)
-            metrics |= update_critic(nets, optimizers, batch, noise, args, q_loss)
+            metrics |= update_critic(nets, optimizers, batch, noise, args, td_loss)
         if kind != "critic":
             metrics |= update_policy(nets, optimizers, batch, noise, args, pi_loss)
         return metrics
@@ -803,7 +806,7 @@ def train(args, dataset, env, envs, run):
             episode_return += reward
             obs = next_obs
             if done:
-                success = info.get("success", math.nan)
+                success = float(info.get("success", math.nan))
                 row = {"step": step, "return": episode_return, "success": success}
                 run.log("episodes.csv", row)
                 obs = None
@@ -871,18 +874,23 @@ def make_env(args, **options):
         env = gymnasium.make(env_id, **options)
     except (gymnasium.error.Error, ImportError) as error:
         raise common.UserError(f"--env {env_id}: {error}") from None
-    if not isinstance(env.action_space, Box) or not env.action_space.is_bounded():
-        raise common.UserError(f"--env {env_id}: requires bounded actions")
+    space = env.action_space
+    if not isinstance(space, Box) or not space.is_bounded() or (space.low == space.high).any():
+        raise common.UserError(f"--env {env_id}: requires bounded actions, has {space}")
     return gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
 
 
 def check_args(args):
     """Raise UserError for a value that cannot work."""
-    may_be_zero = (
+    positive = (
+        "batch_size policy_lr q_lr policy_frequency discount tau flow_steps horizon "
+        "init_temperature eval_interval eval_episodes log_interval"
+    )
+    not_negative = (
         "task seed offline_steps online_steps learning_starts policy_width bc_weight noise_std "
-        "acting_noise_std target_entropy"
-    ).split()
-    common.check_numbers(args, may_be_zero)
+        "acting_noise_std"
+    )
+    common.check_flags(args, positive, not_negative)
     if args.offline_steps == 0 and args.learning_starts >= args.online_steps:
         raise common.UserError(
             f"--learning-starts {args.learning_starts}: must be below --online-steps"
@@ -921,10 +929,13 @@ def main():
     if common.is_dataset(args.env):
         name, _, _ = common.resolve_task(args.env, args.task)
     env = make_env(args)
-    env.close = lambda: None  # gymnasium closes it after a look at its spaces
-    # The processes fork and share this environment, since loading one takes seconds and memory.
-    num_envs = min(args.eval_episodes, 25)
-    with closing(make_envs(lambda: env, num_envs)) as envs:
+    start_env = partial(make_env, args)
+    if common.is_dataset(args.env):
+        # OGBench's draw random numbers from what SeededEnv seeds only. So their processes share one
+        # by forking, before CUDA and the dataset: a copy of a cube takes 450 MB and two seconds.
+        env.close = lambda: None  # gymnasium closes it after a look at its spaces
+        start_env = lambda: env
+    with closing(make_envs(start_env, min(args.eval_episodes, 25))) as envs:
         device = choose_device(args.device)
         torch.set_float32_matmul_precision(args.matmul_precision)
         if args.compile:
@@ -932,8 +943,8 @@ def main():
         dataset, description = get_dataset(args, env, device)
         if 0 < len(dataset) < args.horizon:
             raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")
-        if not any(re.match(names, args.env) for names in SETTINGS):
-            print(f"--env {args.env} has no tuned settings: these are the defaults")
+        if common.is_dataset(args.env) and not args.env.startswith("cube-"):
+            print(f"--env {args.env} has no tuned settings: these are the cubes'")
         with common.start_run(__file__, name, args, description, device) as run:
             train(args, dataset, SeededEnv(env), envs, run)
 
@@ -957,7 +968,7 @@ class CUDAGraph:
 
     def __call__(self):
         self.calls += 1
-        if self.calls <= 3:  # the compiler and the libraries still allocate
+        if self.calls <= 3:  # warm-up: compiler and libraries still allocate
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.result = self.function()
@@ -973,8 +984,9 @@ class CUDAGraph:
 class SeededEnv(gymnasium.Wrapper):
     """Makes episodes reproducible: OGBench draws from NumPy's global generator too.
 
-    It seeds the global generators, so only one may be in use in a process. Returns copies of
-    observations, rewards as plain numbers and, of a step's info, `success` only.
+    It seeds the global generators, so only one may be in use in a process. An environment may
+    return its own buffer or a reward of one element: these become copies and plain numbers. Of a
+    step's info only `success` is kept, since the rest would be sent from process to process.
     """
 
     def __init__(self, env):
@@ -998,12 +1010,12 @@ class SeededEnv(gymnasium.Wrapper):
 
 
 def env_process(*args):
-    """What a process of `make_envs` runs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    """Gymnasium's worker, which SIGTERM ends and Ctrl-C does not: that is for the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         _async_worker(*args)
-    except OSError:  # its pipe is closed: the main process is gone
+    except OSError:  # it cannot answer: the main process is gone, and nobody needs a traceback
         os._exit(1)
 
 
@@ -1016,7 +1028,12 @@ class Envs(AsyncVectorEnv):
 
 
 def make_envs(make_env, num_envs):
-    """Vector environment for `evaluate`: each of its processes calls make_env() for its own."""
+    """Vector environment for `evaluate`: each of its processes calls make_env().
+
+    Processes that make their own environment have different random states, whatever it draws from.
+    """
+    if not hasattr(os, "fork"):
+        raise common.UserError("needs Linux, macOS or WSL: Windows cannot fork processes")
     return Envs(
         [lambda: SeededEnv(make_env())] * num_envs,
         autoreset_mode=AutoresetMode.SAME_STEP,
@@ -1047,7 +1064,8 @@ def parse_args():
         description += f"    {names}: {values}\n"
 
     # A first pass for --env and --resume, which choose the defaults of the second.
-    given, _ = tyro.cli(Args, return_unknown_args=True, add_help=False)
+    words = common.command_line()
+    given, _ = tyro.cli(Args, args=words, return_unknown_args=True, add_help=False)
     default = Args(env=given.env)
     for names, settings in SETTINGS.items():
         if re.match(names, given.env):
@@ -1057,7 +1075,7 @@ def parse_args():
     if given.resume or common.has_checkpoint(given.start_or_resume):
         saved = saved_args(given.resume or given.start_or_resume)
         default = replace(saved, resume="", start_or_resume="")
-    args = tyro.cli(Args, default=default, description=description)
+    args = tyro.cli(Args, args=words, default=default, description=description)
     check_args(args)
     return args
 
@@ -1079,11 +1097,16 @@ def choose_device(name):
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, float64 spaces
+    warnings.filterwarnings(
+        "ignore", module="glfw|gymnasium"
+    )  # about a missing display and float64 action spaces
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's signal: like Ctrl-C
     try:
         main()
-    except (common.UserError, MemoryError, torch.OutOfMemoryError) as error:
+    except (common.UserError, MemoryError, RuntimeError) as error:
+        is_bug = isinstance(error, RuntimeError) and "allocate" not in str(error)
+        if is_bug:  # not a lack of memory, for which torch raises a RuntimeError
+            raise
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

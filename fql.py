@@ -1,8 +1,8 @@
 """FQL: offline RL with a flow that imitates and a one-step policy that improves on it.
 
 A flow policy turns noise x_0 ~ N(0, I) into an action x_1 by following a velocity field v(s, x, t)
-from t = 0 to t = 1. Imitating the dataset is a regression problem, called flow matching. Improving
-on the dataset usually means differentiating Q through every step of the solver, which is costly and
+from t = 0 to t = 1. Imitating the dataset is a regression problem, called flow matching. The direct
+way to improve on it is to differentiate Q through every step of the solver, which is costly and
 unstable.
 
 FQL avoids this. The flow only imitates. A second network mu(s, z) maps noise to an action in one
@@ -10,9 +10,12 @@ step, and this is the policy: the flow teaches it to stay close to the data, the
 and the critic's gradient passes through that one step only. In this file's notation, with x_0 and z
 noise, x_1 an action of the dataset and x_t = (1 - t) x_0 + t x_1, the three networks learn:
 
-    critic    Q(s, a)       =  r + discount * mask * Q'(s', a'),  a' from the policy, Q' the target
-    velocity  v(s, x_t, t)  =  x_1 - x_0
+    critic    Q(s, a)       ->  r + discount * mask * Q'(s', a'),  a' from the policy, Q' the target
+    velocity  v(s, x_t, t)  ->  x_1 - x_0
     one_step  mu(s, z)      minimises  alpha * mean (mu - flow's action from z)^2 - Q(s, clip(mu))
+
+The arrow means: is trained towards. With chunks of h actions (--horizon; Q-chunking,
+https://arxiv.org/abs/2507.07969), r is their discounted sum and the discount is discount^h.
 
 With --online-steps, training then goes on in the environment: before each update the policy takes
 one step, which joins the dataset.
@@ -85,9 +88,9 @@ class Args:
     flow_steps: int = 10
     """K, number of Euler steps from noise to action"""
     q_agg: Literal["mean", "min"] = "mean"
-    """how the critics' ensemble is aggregated in the targets"""
+    """how the critics' ensemble is aggregated in the targets (and V's, where it is trained)"""
     num_critics: int = 2
-    """size of the critics' ensemble; Q-Flow's value has as many heads"""
+    """size of the critics' ensemble, and of that of Q-Flow's value"""
     rho: float = 0.0
     """pessimism: the targets are mean - rho * std of the target critics; needs --q-agg mean"""
     horizon: int = 1
@@ -146,8 +149,8 @@ SETTINGS = {
 
 # ------------------------------------------------------------------------------------- networks
 #
-# B batch, O numbers of an observation, A numbers of an action, h actions of a chunk, K flow steps,
-# N environments. Networks see a chunk as one action: x and actions are (B, h * A).
+# Shapes: B batch, O observation, A action, h chunk length, K flow steps, N environments. Networks
+# see a chunk as one action: x and actions are (B, h * A).
 
 
 class EnsembleLinear(nn.Module):
@@ -303,8 +306,8 @@ def td_target(nets, batch, z, args):
     return batch.rewards + args.discount**args.horizon * batch.masks * next_q
 
 
-# Each loss returns itself and what to log. Logged names that end in _loss are plotted and have to
-# stay finite.
+# Each loss function returns the loss and what to log. Logged names that end in _loss are plotted
+# and have to stay finite.
 
 
 def critic_loss(nets, batch, target):
@@ -343,11 +346,11 @@ def policy_loss(nets, batch, z, args):
 def total_loss(nets, batch, noise, args):
     """The sum of the losses; each trains its own network only."""
     q_target = td_target(nets, batch, noise.next_z, args)
-    q_loss, q_metrics = critic_loss(nets, batch, q_target)
-    bc_loss, bc_metrics = flow_loss(nets, batch, noise.flow_x0, noise.flow_t)
+    td_loss, q_metrics = critic_loss(nets, batch, q_target)
+    fm_loss, fm_metrics = flow_loss(nets, batch, noise.flow_x0, noise.flow_t)
     pi_loss, pi_metrics = policy_loss(nets, batch, noise.policy_z, args)
-    metrics = {**q_metrics, **bc_metrics, **pi_metrics}
-    return q_loss + bc_loss + pi_loss, {name: x.detach() for name, x in metrics.items()}
+    metrics = {**q_metrics, **fm_metrics, **pi_metrics}
+    return td_loss + fm_loss + pi_loss, {name: x.detach() for name, x in metrics.items()}
 
 
 # --------------------------------------------------------------------------------------- update
@@ -365,9 +368,10 @@ def update(nets, optimizer, batch, noise, args, loss_fn=total_loss):
     loss, metrics = loss_fn(nets, batch, noise, args)
     optimizer.zero_grad()
     loss.backward()
-    with torch.no_grad():  # before Adam: the target mixes in the critic from before this step
-        for target, online in zip(nets.target_critic.parameters(), nets.critic.parameters()):
-            target.mul_(1 - args.tau).add_(online, alpha=args.tau)
+    with torch.no_grad():  # before Adam, as the authors do: with the critic of before
+        critics = zip(nets.target_critic.parameters(), nets.critic.parameters())
+        for target_param, param in critics:
+            target_param.mul_(1 - args.tau).add_(param, alpha=args.tau)
     optimizer.step()
     return metrics
 
@@ -445,7 +449,7 @@ def train(args, dataset, env, envs, run):
     """
     common.check_envs(env, envs)
     device = dataset.actions.device
-    torch.manual_seed(args.seed + 2**31)  # for the weights: not the generator's random numbers
+    torch.manual_seed(args.seed + 2**31)  # weights; not the seed of the noise
     generator = torch.Generator(device).manual_seed(args.seed)
     obs_dim = dataset.observations.shape[1]
     action_dim = args.horizon * dataset.actions.shape[1]
@@ -455,10 +459,10 @@ def train(args, dataset, env, envs, run):
 
     step = 0  # one update each; in the online phase, after one step in the environment
     last_step = args.offline_steps + args.online_steps
-    checkpoint = run.restore()
+    checkpoint = run.restore(nets)
     if checkpoint:
         step = checkpoint["step"]
-        common.load_weights(nets, checkpoint["nets"])
+        # Adam's averages only: the learning rate is this run's --lr.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})
         common.restore_generator(generator, checkpoint["generator"], args.seed + step)
         dataset.append_collected(checkpoint["collected"])
@@ -495,7 +499,7 @@ def train(args, dataset, env, envs, run):
             episode_return += reward
             obs = next_obs
             if done:
-                success = info.get("success", math.nan)
+                success = float(info.get("success", math.nan))
                 row = {"step": step, "return": episode_return, "success": success}
                 run.log("episodes.csv", row)
                 obs = None
@@ -553,8 +557,11 @@ def make_env(args, **options):
 
 def check_args(args):
     """Raise UserError for a value that cannot work."""
-    may_be_zero = "task seed offline_steps online_steps rho".split()
-    common.check_numbers(args, may_be_zero)
+    positive = (
+        "batch_size lr discount tau flow_steps num_critics horizon alpha eval_interval "
+        "eval_episodes log_interval"
+    )
+    common.check_flags(args, positive, "task seed offline_steps online_steps rho")
     if args.rho > 0 and args.q_agg == "min":
         raise common.UserError(f"--rho {args.rho}: needs --q-agg mean")
     if args.sparse and not args.env.startswith(("scene-", "puzzle-")):
@@ -565,10 +572,13 @@ def main():
     args = parse_args()
     name, dataset_name, env_id = common.resolve_task(args.env, args.task)
     env = make_env(args)
-    env.close = lambda: None  # gymnasium closes it after a look at its spaces
-    # The processes fork and share this environment, since loading one takes seconds and memory.
-    num_envs = min(args.eval_episodes, 25)
-    with closing(make_envs(lambda: env, num_envs)) as envs:
+    start_env = partial(make_env, args)
+    if common.is_dataset(args.env):
+        # OGBench's draw random numbers from what SeededEnv seeds only. So their processes share one
+        # by forking, before CUDA and the dataset: a copy of a cube takes 450 MB and two seconds.
+        env.close = lambda: None  # gymnasium closes it after a look at its spaces
+        start_env = lambda: env
+    with closing(make_envs(start_env, min(args.eval_episodes, 25))) as envs:
         device = choose_device(args.device)
         torch.set_float32_matmul_precision(args.matmul_precision)
         if args.compile:
@@ -603,7 +613,7 @@ class CUDAGraph:
 
     def __call__(self):
         self.calls += 1
-        if self.calls <= 3:  # the compiler and the libraries still allocate
+        if self.calls <= 3:  # warm-up: compiler and libraries still allocate
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.result = self.function()
@@ -619,8 +629,9 @@ class CUDAGraph:
 class SeededEnv(gymnasium.Wrapper):
     """Makes episodes reproducible: OGBench draws from NumPy's global generator too.
 
-    It seeds the global generators, so only one may be in use in a process. Returns copies of
-    observations, rewards as plain numbers and, of a step's info, `success` only.
+    It seeds the global generators, so only one may be in use in a process. An environment may
+    return its own buffer or a reward of one element: these become copies and plain numbers. Of a
+    step's info only `success` is kept, since the rest would be sent from process to process.
     """
 
     def __init__(self, env):
@@ -644,12 +655,12 @@ class SeededEnv(gymnasium.Wrapper):
 
 
 def env_process(*args):
-    """What a process of `make_envs` runs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    """Gymnasium's worker, which SIGTERM ends and Ctrl-C does not: that is for the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         _async_worker(*args)
-    except OSError:  # its pipe is closed: the main process is gone
+    except OSError:  # it cannot answer: the main process is gone, and nobody needs a traceback
         os._exit(1)
 
 
@@ -662,7 +673,12 @@ class Envs(AsyncVectorEnv):
 
 
 def make_envs(make_env, num_envs):
-    """Vector environment for `evaluate`: each of its processes calls make_env() for its own."""
+    """Vector environment for `evaluate`: each of its processes calls make_env().
+
+    Processes that make their own environment have different random states, whatever it draws from.
+    """
+    if not hasattr(os, "fork"):
+        raise common.UserError("needs Linux, macOS or WSL: Windows cannot fork processes")
     return Envs(
         [lambda: SeededEnv(make_env())] * num_envs,
         autoreset_mode=AutoresetMode.SAME_STEP,
@@ -693,7 +709,8 @@ def parse_args():
         description += f"    {names}: {values}\n"
 
     # A first pass for --env and --resume, which choose the defaults of the second.
-    given, _ = tyro.cli(Args, return_unknown_args=True, add_help=False)
+    words = common.command_line()
+    given, _ = tyro.cli(Args, args=words, return_unknown_args=True, add_help=False)
     default = Args(env=given.env)
     for names, settings in SETTINGS.items():
         if re.match(names, given.env):
@@ -703,7 +720,7 @@ def parse_args():
     if given.resume or common.has_checkpoint(given.start_or_resume):
         saved = saved_args(given.resume or given.start_or_resume)
         default = replace(saved, resume="", start_or_resume="")
-    args = tyro.cli(Args, default=default, description=description)
+    args = tyro.cli(Args, args=words, default=default, description=description)
     check_args(args)
     return args
 
@@ -725,11 +742,16 @@ def choose_device(name):
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, float64 spaces
+    warnings.filterwarnings(
+        "ignore", module="glfw|gymnasium"
+    )  # about a missing display and float64 action spaces
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's signal: like Ctrl-C
     try:
         main()
-    except (common.UserError, MemoryError, torch.OutOfMemoryError) as error:
+    except (common.UserError, MemoryError, RuntimeError) as error:
+        is_bug = isinstance(error, RuntimeError) and "allocate" not in str(error)
+        if is_bug:  # not a lack of memory, for which torch raises a RuntimeError
+            raise
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -1,8 +1,8 @@
 """Q-Flow: offline RL with a flow policy that follows the gradient of a value inside the flow.
 
 A flow policy turns noise x_0 ~ N(0, I) into an action x_1 by following a velocity field v(s, x, t)
-from t = 0 to t = 1. Imitating the dataset is a regression problem, called flow matching. Improving
-on the dataset usually means differentiating Q through every step of the solver, which is costly and
+from t = 0 to t = 1. Imitating the dataset is a regression problem, called flow matching. The direct
+way to improve on it is to differentiate Q through every step of the solver, which is costly and
 unstable.
 
 Q-Flow avoids this. The flow is deterministic, so a point x_t on the way has exactly the value of
@@ -10,9 +10,12 @@ the action at its end. A network V(s, x_t, t) learns this value, and its gradien
 x_t tells the velocity field where to bend. Three networks, three regressions. In this file's
 notation, with x_0 noise, x_1 an action of the dataset and x_t = (1 - t) x_0 + t x_1, they learn:
 
-    critic    Q(s, a)       =  r + discount * mask * Q'(s', a'),  a' from the policy, Q' the target
-    value     V(s, x_t, t)  =  Q'(s, y),  y the action to which the policy's flow takes x_t
-    velocity  v(s, x_t, t)  =  x_1 - x_0 + 1 / lam * grad_x V(s, x_t, t)
+    critic    Q(s, a)       ->  r + discount * mask * Q'(s', a'),  a' from the policy, Q' the target
+    value     V(s, x_t, t)  ->  Q'(s, y),  y the action to which the policy's flow takes x_t
+    velocity  v(s, x_t, t)  ->  x_1 - x_0 + 1 / lam * grad_x V(s, x_t, t)
+
+The arrow means: is trained towards. With chunks of h actions (--horizon; Q-chunking,
+https://arxiv.org/abs/2507.07969), r is their discounted sum and the discount is discount^h.
 
 With --online-steps, training then goes on in the environment: before each update the policy takes
 one step, which joins the dataset.
@@ -86,15 +89,15 @@ class Args:
     flow_steps: int = 10
     """K, number of Euler steps from noise to action"""
     q_agg: Literal["mean", "min"] = "mean"
-    """how the critics' ensemble is aggregated in the targets"""
+    """how the critics' ensemble is aggregated in the targets (and V's, where it is trained)"""
     num_critics: int = 2
-    """size of the critics' ensemble; Q-Flow's value has as many heads"""
+    """size of the critics' ensemble, and of that of Q-Flow's value"""
     rho: float = 0.0
     """pessimism: the targets are mean - rho * std of the target critics; needs --q-agg mean"""
     horizon: int = 1
     """h, actions per chunk, executed open loop (1: no chunks)"""
     lam: float = 1.0
-    """lambda, strength of the regularisation towards the data: the guidance is grad V / lambda"""
+    """lambda, strength of the regularisation towards the data: grad V has weight 1 / lambda"""
     time_dim: int = 64
     """size of the value's Fourier embedding of flow time"""
     eval_interval: int = 100_000
@@ -148,8 +151,8 @@ SETTINGS = {
 
 # ------------------------------------------------------------------------------------- networks
 #
-# B batch, O numbers of an observation, A numbers of an action, h actions of a chunk, K flow steps,
-# N environments. Networks see a chunk as one action: x and actions are (B, h * A).
+# Shapes: B batch, O observation, A action, h chunk length, K flow steps, N environments. Networks
+# see a chunk as one action: x and actions are (B, h * A).
 
 
 class EnsembleLinear(nn.Module):
@@ -223,7 +226,7 @@ class Value(nn.Module):
     def __init__(self, obs_dim, action_dim, hidden, ensemble, time_dim):
         super().__init__()
         self.mlp = MLP(obs_dim + action_dim + time_dim, hidden, 1, ensemble, layer_norm=True)
-        frequencies = torch.linspace(0, np.log(256), time_dim // 2, dtype=torch.float64).exp()
+        frequencies = torch.linspace(0, math.log(256), time_dim // 2, dtype=torch.float64).exp()
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
 
     def forward(self, obs, x, t):
@@ -299,26 +302,27 @@ def targets(nets, batch, x0, xt, t, args):
     """Targets of the critic, r + discount^h * mask * Q'(s', a'), and of V, Q'(s, y): (B,), (B,).
 
     Q' is the mean of the target critics - rho * their population standard deviation, or the
-    minimum. The policy's flow takes x_0 to a' at s', and x_t to y at s: one rollout for both.
+    minimum. The policy's flow takes x_0 to a' at s', and x_t to y at s: one rollout of 2B samples,
+    which is faster than two of B.
     """
     obs = torch.cat([batch.next_observations, batch.observations])
-    x = torch.cat([x0, xt])
-    t = torch.cat([torch.zeros_like(t), t])
-    actions = rollout(nets.velocity, obs, x, t, args.flow_steps)
+    start_x = torch.cat([x0, xt])
+    start_t = torch.cat([torch.zeros_like(t), t])
+    actions = rollout(nets.velocity, obs, start_x, start_t, args.flow_steps)  # a' and y
     qs = nets.target_critic(obs, actions)
     q = aggregate(qs, args.q_agg)
     if args.rho > 0:
         q = q - args.rho * qs.std(0, correction=0)
-    next_q, flow_q = q.chunk(2)  # the halves of the batch: at s' and at s
-    return batch.rewards + args.discount**args.horizon * batch.masks * next_q, flow_q
+    next_q, v_target = q.chunk(2)
+    q_target = batch.rewards + args.discount**args.horizon * batch.masks * next_q
+    return q_target, v_target
 
 
 @torch.no_grad()
 def guidance(value, obs, xt, t):
-    """grad_x V(s, x_t, t), without a graph of its own: (B, h * A).
+    """grad_x V(s, x_t, t), detached: (B, h * A).
 
-    V is the mean of the ensemble, also where q_agg is min and each sample trains the smallest head
-    only, as in the authors' code.
+    V is the mean of the ensemble even with q_agg min, as in the authors' code.
     """
 
     def total_value(x):  # summed over the batch: each sample has the gradient of its own value
@@ -327,8 +331,8 @@ def guidance(value, obs, xt, t):
     return torch.func.grad(total_value)(xt)
 
 
-# Each loss returns itself and what to log. Logged names that end in _loss are plotted and have to
-# stay finite.
+# Each loss function returns the loss and what to log. Logged names that end in _loss are plotted
+# and have to stay finite.
 
 
 def critic_loss(nets, batch, target):
@@ -341,8 +345,8 @@ def critic_loss(nets, batch, target):
 def value_loss(nets, batch, xt, t, target, args):
     """Flow consistency: a point on the flow has the value of its end, the target (B,).
 
-    With q_agg min each sample trains the smallest head only, while `guidance` uses their mean. With
-    rho V is the plain mean: the pessimism is in the target.
+    With q_agg min, each sample trains the smallest member only. With rho, V is the plain mean: the
+    pessimism is in the target.
     """
     v = aggregate(nets.value(batch.observations, xt, t), args.q_agg)
     loss = (batch.valid[:, -1] * (v - target) ** 2).mean()
@@ -363,11 +367,11 @@ def total_loss(nets, batch, noise, args):
     t = noise.value_t
     xt = (1 - t) * noise.value_x0 + t * batch.actions
     q_target, v_target = targets(nets, batch, noise.next_x0, xt, t, args)
-    q_loss, q_metrics = critic_loss(nets, batch, q_target)
+    td_loss, q_metrics = critic_loss(nets, batch, q_target)
     v_loss, v_metrics = value_loss(nets, batch, xt, t, v_target, args)
     pi_loss, pi_metrics = policy_loss(nets, batch, noise.policy_x0, noise.policy_t, args)
     metrics = {**q_metrics, **v_metrics, **pi_metrics}
-    return q_loss + v_loss + pi_loss, {name: x.detach() for name, x in metrics.items()}
+    return td_loss + v_loss + pi_loss, {name: x.detach() for name, x in metrics.items()}
 
 
 # --------------------------------------------------------------------------------------- update
@@ -385,9 +389,10 @@ def update(nets, optimizer, batch, noise, args, loss_fn=total_loss):
     loss, metrics = loss_fn(nets, batch, noise, args)
     optimizer.zero_grad()
     loss.backward()
-    with torch.no_grad():  # before Adam: the target mixes in the critic from before this step
-        for target, online in zip(nets.target_critic.parameters(), nets.critic.parameters()):
-            target.mul_(1 - args.tau).add_(online, alpha=args.tau)
+    with torch.no_grad():  # before Adam, as the authors do: with the critic of before
+        critics = zip(nets.target_critic.parameters(), nets.critic.parameters())
+        for target_param, param in critics:
+            target_param.mul_(1 - args.tau).add_(param, alpha=args.tau)
     optimizer.step()
     return metrics
 
@@ -465,7 +470,7 @@ def train(args, dataset, env, envs, run):
     """
     common.check_envs(env, envs)
     device = dataset.actions.device
-    torch.manual_seed(args.seed + 2**31)  # for the weights: not the generator's random numbers
+    torch.manual_seed(args.seed + 2**31)  # weights; not the seed of the noise
     generator = torch.Generator(device).manual_seed(args.seed)
     obs_dim = dataset.observations.shape[1]
     action_dim = args.horizon * dataset.actions.shape[1]
@@ -475,10 +480,10 @@ def train(args, dataset, env, envs, run):
 
     step = 0  # one update each; in the online phase, after one step in the environment
     last_step = args.offline_steps + args.online_steps
-    checkpoint = run.restore()
+    checkpoint = run.restore(nets)
     if checkpoint:
         step = checkpoint["step"]
-        common.load_weights(nets, checkpoint["nets"])
+        # Adam's averages only: the learning rate is this run's --lr.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})
         common.restore_generator(generator, checkpoint["generator"], args.seed + step)
         dataset.append_collected(checkpoint["collected"])
@@ -515,7 +520,7 @@ def train(args, dataset, env, envs, run):
             episode_return += reward
             obs = next_obs
             if done:
-                success = info.get("success", math.nan)
+                success = float(info.get("success", math.nan))
                 row = {"step": step, "return": episode_return, "success": success}
                 run.log("episodes.csv", row)
                 obs = None
@@ -573,8 +578,11 @@ def make_env(args, **options):
 
 def check_args(args):
     """Raise UserError for a value that cannot work."""
-    may_be_zero = "task seed offline_steps online_steps rho".split()
-    common.check_numbers(args, may_be_zero)
+    positive = (
+        "batch_size lr discount tau flow_steps num_critics horizon lam time_dim eval_interval "
+        "eval_episodes log_interval"
+    )
+    common.check_flags(args, positive, "task seed offline_steps online_steps rho")
     if args.time_dim % 2 == 1:
         raise common.UserError(f"--time-dim {args.time_dim}: must be even")
     if args.rho > 0 and args.q_agg == "min":
@@ -587,10 +595,13 @@ def main():
     args = parse_args()
     name, dataset_name, env_id = common.resolve_task(args.env, args.task)
     env = make_env(args)
-    env.close = lambda: None  # gymnasium closes it after a look at its spaces
-    # The processes fork and share this environment, since loading one takes seconds and memory.
-    num_envs = min(args.eval_episodes, 25)
-    with closing(make_envs(lambda: env, num_envs)) as envs:
+    start_env = partial(make_env, args)
+    if common.is_dataset(args.env):
+        # OGBench's draw random numbers from what SeededEnv seeds only. So their processes share one
+        # by forking, before CUDA and the dataset: a copy of a cube takes 450 MB and two seconds.
+        env.close = lambda: None  # gymnasium closes it after a look at its spaces
+        start_env = lambda: env
+    with closing(make_envs(start_env, min(args.eval_episodes, 25))) as envs:
         device = choose_device(args.device)
         torch.set_float32_matmul_precision(args.matmul_precision)
         if args.compile:
@@ -625,7 +636,7 @@ class CUDAGraph:
 
     def __call__(self):
         self.calls += 1
-        if self.calls <= 3:  # the compiler and the libraries still allocate
+        if self.calls <= 3:  # warm-up: compiler and libraries still allocate
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 self.result = self.function()
@@ -641,8 +652,9 @@ class CUDAGraph:
 class SeededEnv(gymnasium.Wrapper):
     """Makes episodes reproducible: OGBench draws from NumPy's global generator too.
 
-    It seeds the global generators, so only one may be in use in a process. Returns copies of
-    observations, rewards as plain numbers and, of a step's info, `success` only.
+    It seeds the global generators, so only one may be in use in a process. An environment may
+    return its own buffer or a reward of one element: these become copies and plain numbers. Of a
+    step's info only `success` is kept, since the rest would be sent from process to process.
     """
 
     def __init__(self, env):
@@ -666,12 +678,12 @@ class SeededEnv(gymnasium.Wrapper):
 
 
 def env_process(*args):
-    """What a process of `make_envs` runs."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    """Gymnasium's worker, which SIGTERM ends and Ctrl-C does not: that is for the main process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         _async_worker(*args)
-    except OSError:  # its pipe is closed: the main process is gone
+    except OSError:  # it cannot answer: the main process is gone, and nobody needs a traceback
         os._exit(1)
 
 
@@ -684,7 +696,12 @@ class Envs(AsyncVectorEnv):
 
 
 def make_envs(make_env, num_envs):
-    """Vector environment for `evaluate`: each of its processes calls make_env() for its own."""
+    """Vector environment for `evaluate`: each of its processes calls make_env().
+
+    Processes that make their own environment have different random states, whatever it draws from.
+    """
+    if not hasattr(os, "fork"):
+        raise common.UserError("needs Linux, macOS or WSL: Windows cannot fork processes")
     return Envs(
         [lambda: SeededEnv(make_env())] * num_envs,
         autoreset_mode=AutoresetMode.SAME_STEP,
@@ -715,7 +732,8 @@ def parse_args():
         description += f"    {names}: {values}\n"
 
     # A first pass for --env and --resume, which choose the defaults of the second.
-    given, _ = tyro.cli(Args, return_unknown_args=True, add_help=False)
+    words = common.command_line()
+    given, _ = tyro.cli(Args, args=words, return_unknown_args=True, add_help=False)
     default = Args(env=given.env)
     for names, settings in SETTINGS.items():
         if re.match(names, given.env):
@@ -725,7 +743,7 @@ def parse_args():
     if given.resume or common.has_checkpoint(given.start_or_resume):
         saved = saved_args(given.resume or given.start_or_resume)
         default = replace(saved, resume="", start_or_resume="")
-    args = tyro.cli(Args, default=default, description=description)
+    args = tyro.cli(Args, args=words, default=default, description=description)
     check_args(args)
     return args
 
@@ -747,11 +765,16 @@ def choose_device(name):
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, float64 spaces
+    warnings.filterwarnings(
+        "ignore", module="glfw|gymnasium"
+    )  # about a missing display and float64 action spaces
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's signal: like Ctrl-C
     try:
         main()
-    except (common.UserError, MemoryError, torch.OutOfMemoryError) as error:
+    except (common.UserError, MemoryError, RuntimeError) as error:
+        is_bug = isinstance(error, RuntimeError) and "allocate" not in str(error)
+        if is_bug:  # not a lack of memory, for which torch raises a RuntimeError
+            raise
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ A million transitions of antmaze-large took 208 s on two cores.
 
 import math
 import multiprocessing
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -87,15 +88,22 @@ def collect(job):
     )
 
 
+def num_cores():
+    """Cores that this process may use: SLURM gives a job few of many. None on macOS: all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
 def main():
     args = tyro.cli(Args, description=__doc__)
     if not re.fullmatch("antmaze-(medium|large|giant|teleport)-navigate-v0", args.name):
         sys.exit(f"{args.name}: MAZE is medium, large, giant or teleport")
+    if args.transitions < 1:
+        sys.exit(f"--transitions {args.transitions}: must be positive")
     steps = 2001 if "giant" in args.name else 1001
     env_id = args.name.replace("-navigate", "")
     num_parts = max(1, math.ceil(args.transitions / (PART * (steps - 1))))
     jobs = [(env_id, steps, [args.seed, part]) for part in range(num_parts)]
-    with multiprocessing.Pool(None, common.leave_signals_to_main) as pool:
+    with multiprocessing.Pool(num_cores(), common.leave_signals_to_main) as pool:
         parts = list(tqdm(pool.imap(collect, jobs), args.name, num_parts, unit=" parts"))
     data = {}
     for key in parts[0]:

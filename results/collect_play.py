@@ -10,6 +10,7 @@ that comes from it.
 
 import functools
 import multiprocessing
+import os
 import re
 import sys
 import warnings
@@ -116,13 +117,20 @@ def collect(job):
     raise RuntimeError(f"seed {seed}: the cube was hidden in each of 100 attempts")
 
 
+def num_cores():
+    """Cores that this process may use: SLURM gives a job few of many. None on macOS: all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
 def main():
     args = tyro.cli(Args, description=__doc__)
     if not re.fullmatch(f"({NAMES})-play-v0", args.name):
         sys.exit(f"{args.name}: must be one of {NAMES}, with -play-v0")
+    if args.episodes < 1:
+        sys.exit(f"--episodes {args.episodes}: must be positive")
     env_id = args.name.replace("-play", "")
     jobs = [(env_id, [args.seed, episode]) for episode in range(args.episodes)]
-    with multiprocessing.Pool(None, common.leave_signals_to_main) as pool:
+    with multiprocessing.Pool(num_cores(), common.leave_signals_to_main) as pool:
         results = pool.imap(collect, jobs)
         episodes = list(tqdm(results, args.name, args.episodes, unit=" episodes"))
     data = {}

@@ -3,7 +3,7 @@
     python results/curves.py results/antmaze-large/*-seed0 --column success --out success.png
     python results/curves.py results/halfcheetah/* --mean --out results/halfcheetah/returns.png
 
-With --mean, runs whose folders differ in -seedN only are one line, their mean, with the 95 %
+With --mean, runs whose folders differ in -seedN only are one line, their mean, with the 95%
 bootstrap interval of the mean around it; a table of both is printed.
 """
 

@@ -3,9 +3,9 @@
     python results/evaluate.py runs/RUN --episodes 200
     MUJOCO_GL=egl python results/evaluate.py runs/RUN --video
 
-Works for every script that has the functions `load`, `act`, `evaluate` and `make_env` of qflow.py,
-a copy of it too, as long as the script is in the project's folder, under results/ or in the current
-folder.
+Works for every script that has the functions `load`, `act`, `evaluate` and the environments of
+qflow.py, such as a copy of it. It looks for the script in the current folder, beside common.py and
+under results/.
 """
 
 import importlib
@@ -45,10 +45,13 @@ class Args:
 
 def import_script(name):
     """The module of a run's script. Raises UserError."""
-    for folder in (ROOT, Path.cwd(), *ROOT.glob("results/*")):
-        if (folder / name).is_file():
-            sys.path.insert(0, str(folder))
-            return importlib.import_module(Path(name).stem)
+    for path in (Path.cwd() / name, ROOT / name, *ROOT.glob(f"results/**/{name}")):
+        if path.is_file():
+            sys.path.insert(0, str(path.parent))
+            try:
+                return importlib.import_module(path.stem)
+            except ImportError as error:
+                raise common.UserError(f"{path}: cannot be imported: {error}") from None
     raise common.UserError(f"{name}, the run's script, is neither in {ROOT} nor in {Path.cwd()}")
 
 
@@ -93,11 +96,17 @@ def main():
     cli = tyro.cli(Args, description=__doc__)
     if cli.episodes < 1:
         raise common.UserError(f"--episodes {cli.episodes}: must be positive")
-    script = import_script(common.read_config(cli.run)["script"])
+    config = common.read_config(cli.run)
+    if "script" not in config:
+        raise common.UserError(f"{cli.run}: its config.json does not name a script")
+    script = import_script(config["script"])
     nets, args = script.load(cli.run)
-    env = script.make_env(args)
-    env.close = lambda: None  # gymnasium closes it after a look at its spaces
-    with closing(script.make_envs(lambda: env, min(cli.episodes, 25))) as envs:
+    start_env = partial(script.make_env, args)
+    if common.is_dataset(args.env):  # see `main` of the scripts
+        env = start_env()
+        env.close = lambda: None
+        start_env = lambda: env
+    with closing(script.make_envs(start_env, min(cli.episodes, 25))) as envs:
         device = script.choose_device(cli.device)
         nets.to(device)
         generator = torch.Generator(device).manual_seed(cli.seed)

@@ -43,7 +43,7 @@ def main():
     )
     folder = f"runs/Pendulum-v1__qflow__0__{time.strftime('%Y%m%d-%H%M%S')}"
     with common.Run(folder, dict(script="qflow.py", args=vars(args))) as run:
-        nets = qflow.train(args, dataset, qflow.SeededReset(env), envs, run)
+        nets = qflow.train(args, dataset, qflow.SeededEnv(env), envs, run)
     envs.close()
     print("action", qflow.act(nets, obs[None], args)[0, 0])
 

@@ -2,12 +2,12 @@
 
     python results/table.py runs/* --out table.csv
 
-A run's score is the mean of its last three evaluations, as in the papers: success in %, or the
-return where the environment has no success. The interval is the 95 % bootstrap interval of the mean
-over seeds. `settings` are those that differ from the script's defaults for the environment. Prints
-Markdown. What it leaves out is named on stderr: folders without a run, runs that are not finished,
-and of two runs with the same settings and seed the one that was evaluated first. So are rows whose
-runs had different datasets.
+A run's score is the mean of its last three evaluations, as in the papers: the success rate or,
+where the environment has no success, the return. The interval is the 95% bootstrap interval of the
+mean over seeds. "settings" lists only those that differ from the script's defaults for the
+environment. Prints Markdown. What is left out is named on stderr: folders without a run, unfinished
+runs, and of two runs with the same settings and seed the one that was evaluated first. Rows whose
+runs had different datasets are named there too.
 """
 
 import csv
@@ -28,8 +28,8 @@ import qflow  # noqa: E402
 
 # What a row of its own does not depend on: names, places, pace, rounding.
 IGNORED = (
-    "env task dataset dataset_url seed device eval_interval eval_episodes log_interval run_dir "
-    "resume evaluate video track compile matmul_precision offline_steps online_steps"
+    "env task dataset seed device eval_interval eval_episodes log_interval run_dir resume "
+    "start_or_resume track compile matmul_precision offline_steps online_steps"
 ).split()
 COLUMNS = "environment task method settings steps seeds score low high".split()
 
@@ -131,7 +131,7 @@ def read_run(folder):
 
 
 def summarise(scores):
-    """Mean over seeds and its 95 % bootstrap interval, (nan, nan) for a single seed."""
+    """Mean over seeds and its 95% bootstrap interval, (nan, nan) for a single seed."""
     mean = np.mean(scores)
     if len(scores) == 1:
         return mean, np.nan, np.nan
@@ -165,7 +165,7 @@ def main(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = Non
         runs[seed] = (folder, score, dataset)
 
     table = []
-    print(f"| {' | '.join(COLUMNS[:-2])} | 95 % |")
+    print(f"| {' | '.join(COLUMNS[:-2])} | 95% |")
     print("| --- " * (len(COLUMNS) - 1) + "|")
     for (*key, has_success), runs in sorted(groups.items()):
         scores = [score for _, score, _ in runs.values()]
@@ -175,7 +175,7 @@ def main(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = Non
             print(f"several datasets: {row}: {'; '.join(sorted(datasets))}", file=sys.stderr)
         mean, low, high = summarise(scores)
         table.append([*key, len(scores), mean, low, high])
-        form = "{:.1f} %" if has_success else "{:.0f}"
+        form = "{:.1f}%" if has_success else "{:.0f}"
         interval = "" if np.isnan(low) else f"{form.format(low)} to {form.format(high)}"
         cells = [*key, str(len(scores)), form.format(mean), interval]
         print(f"| {' | '.join(cells)} |")

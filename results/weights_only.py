@@ -1,17 +1,33 @@
-"""Copies what --evaluate needs of a run's checkpoint, weights and settings, to another folder.
+"""Copies what loading and evaluating need of a run, weights and settings, to another folder.
 
 python results/weights_only.py runs/RUN results/policies/NAME
 """
 
+import json
 import sys
 from pathlib import Path
 
 import torch
+import tyro
 
-source, target = Path(sys.argv[1]), Path(sys.argv[2])
-state = torch.load(source / "checkpoint.pt", map_location="cpu", weights_only=True)
-kept = {name: state[name] for name in ("config", "step", "sizes", "nets")}
-kept["config"]["args"]["run_dir"] = "runs"  # not where it was trained
-target.mkdir(parents=True, exist_ok=True)
-torch.save(kept, target / "checkpoint.pt")
-print(f"{target / 'checkpoint.pt'}: {(target / 'checkpoint.pt').stat().st_size / 1e6:.1f} MB")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common  # noqa: E402
+
+
+def main(run: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path]):
+    """run: folder of the run; target: the new folder"""
+    config = common.read_config(run)
+    checkpoint = common.read_checkpoint(run)
+    config["args"]["run_dir"] = "runs"  # not where it was trained
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").write_text(json.dumps(config, indent=2))
+    path = target / "checkpoint.pt"
+    torch.save({name: checkpoint[name] for name in ("step", "sizes", "nets")}, path)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main, description=__doc__)
+    except common.UserError as error:
+        sys.exit(f"weights_only.py: error: {error}")

@@ -4,10 +4,10 @@
     python tests/bench_update.py --method qflow --num-critics 10
     python tests/bench_update.py --method flow_sac
 
-Sizes are those of antmaze-giant (29 observations, 8 actions), SAC Flow's of HalfCheetah (17, 6),
-whose update is one of the critics and a third of one of the policy. Draws are part of it, the batch
-is given. floor_ratio is the time of an update over that of just its matrix products, run back to
-back in this process on the same threads and backend.
+Sizes are those of antmaze-giant (29 observations, 8 actions), and for SAC Flow those of HalfCheetah
+(17, 6); its update is one of the critics and a third of one of the policy. An update includes
+drawing its noise, but not its batch. floor_ratio is the time of an update over the time of its
+matrix products alone, measured in this process with the same threads and backend.
 """
 
 import importlib
@@ -49,7 +49,7 @@ class Args:
     """torch threads"""
     compile: bool = False
     """as in the scripts"""
-    matmul_precision: Literal["auto", "highest", "high", "medium"] = "auto"
+    matmul_precision: Literal["highest", "high", "medium"] = "high"
     """as in the scripts"""
     seconds: float = 10.0
     """how long to measure each of the two"""
@@ -97,14 +97,14 @@ def offline_update(method, settings, device, compiles):
     nets = method.Networks(29, 8, settings).to(device)
     optimizer = method.make_optimizer(nets, settings)
     generator = torch.Generator(device)
-    loss = method.total_loss
+    loss_fn = method.total_loss
     if compiles:
-        loss = torch.compile(loss, fullgraph=True)
+        loss_fn = torch.compile(loss_fn, fullgraph=True)
     batch = random_batch(settings.batch_size, 29, 8, device)
 
     def update():
-        draws = method.draw(batch.actions, generator)
-        return method.update(nets, optimizer, batch, draws, settings, loss)
+        noise = method.sample_noise(batch.actions, generator)
+        return method.update(nets, optimizer, batch, noise, settings, loss_fn)
 
     return update, generator
 
@@ -114,16 +114,18 @@ def online_update(method, settings, device, compiles):
     nets = method.Networks(17, 6, settings).to(device)
     optimizers = method.make_optimizers(nets, settings)
     generator = torch.Generator(device)
-    losses = [method.critic_loss, method.policy_loss]
+    q_loss = method.critic_loss
+    pi_loss = method.policy_loss
     if compiles:
-        losses = [torch.compile(loss, fullgraph=True) for loss in losses]
+        q_loss = torch.compile(q_loss, fullgraph=True)
+        pi_loss = torch.compile(pi_loss, fullgraph=True)
     batch = random_batch(settings.batch_size, 17, 6, device)
 
     def update():
         for _ in range(settings.policy_frequency):
-            draws = method.draw(batch.actions, settings.flow_steps, generator)
-            metrics = method.update_critic(nets, optimizers, batch, draws, settings, losses[0])
-        return metrics | method.update_policy(nets, optimizers, batch, draws, settings, losses[1])
+            noise = method.sample_noise(batch.actions, settings.flow_steps, generator)
+            metrics = method.update_critic(nets, optimizers, batch, noise, settings, q_loss)
+        return metrics | method.update_policy(nets, optimizers, batch, noise, settings, pi_loss)
 
     return update, generator
 
@@ -143,7 +145,9 @@ def main():
     device = qflow.choose_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
-    qflow.set_matmul_precision(args.matmul_precision, device)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    if args.compile:
+        common.check_compiler()
     chosen = {}
     for name in ("hidden", "batch_size", "flow_steps"):
         if getattr(args, name):

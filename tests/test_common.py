@@ -1,8 +1,14 @@
-"""Names, datasets, sampling, collection, run folders; the scripts' environments and devices."""
+"""Names, datasets, sampling, collection, run folders, checks before training."""
 
-import json
+import os
 import re
+import subprocess
+import sys
+import threading
+import time
 from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import gymnasium
@@ -10,9 +16,9 @@ import numpy as np
 import ogbench
 import pytest
 import torch
+from filelock import FileLock
 
 import common
-import qflow
 
 NAME = "pointmaze-medium-navigate-v0"
 TASK, DATASET, ENV_ID = common.resolve_task(NAME)
@@ -270,7 +276,9 @@ def test_what_was_appended_can_be_saved_and_appended_elsewhere():
     rng = np.random.default_rng(0)
     data = random_transitions(rng)
     dataset, other = (common.Dataset(**compact(**data)) for _ in range(2))
-    assert dataset.collected() is None
+    assert all(x.numel() == 0 for x in dataset.collected().values())
+    dataset.append_collected(dataset.collected())
+    assert_chunks_are_those_of(data, dataset, 5)
     steps = [*episode(rng, 3, terminated=True), *episode(rng, 5, terminated=False)][:-2]
     dataset.reserve(100)
     for step in steps:
@@ -393,7 +401,7 @@ def as_words(array):
     "name, change, words",
     [
         ("actions", None, "has no actions"),
-        ("qpos", None, "has no qpos"),
+        ("qpos", None, "has no masks, rewards"),
         ("actions", lambda a: a[:-5], "actions has the wrong length"),
         ("qpos", lambda a: a[:-5], "qpos has the wrong length"),
         ("terminals", np.zeros_like, "no end of an episode in the last row"),
@@ -453,6 +461,27 @@ def test_a_file_with_rewards_keeps_them(collected, tmp_path):
         common.load_dataset(path, ENV_ID, "cpu")
 
 
+def test_actions_out_of_range_are_refused_with_their_range(collected, tmp_path):
+    with np.load(collected) as file:
+        arrays = dict(file)
+    actions = arrays["actions"]
+    path = tmp_path / "own.npz"
+    low, high = 2.5 * actions.min(), 2.5 * actions.max()
+    for factor, words in (
+        (2.5, f"actions in [{low:.4g}, {high:.4g}], must be in [-1, 1]"),
+        (1.001, "actions in [-1.001, 1.001], must be in [-1, 1]"),
+    ):
+        np.savez(path, **{**arrays, "actions": factor * actions})
+        assert words in load_error(path)
+    one = np.clip(actions, -1, 0.5)
+    one[7, 1] = -1.5
+    np.savez(path, **{**arrays, "actions": one})
+    assert "actions in [-1.5, 0.5], must be in [-1, 1]" in load_error(path)
+    np.savez(path, **{**arrays, "actions": 1.00001 * actions})  # rounding
+    dataset, _ = common.load_dataset(path, ENV_ID, "cpu")
+    assert dataset.actions.abs().max() == pytest.approx(1 - 1e-5, abs=1e-7)
+
+
 def solved_and_unsolved_states(env):
     """Positions and button states of 60 states, in some of which the whole task is solved."""
     inner = env.unwrapped
@@ -469,6 +498,7 @@ def solved_and_unsolved_states(env):
     return all_qpos, all_button_states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["scene-play-v0", "puzzle-3x3-play-v0"])
 def test_sparse_rewards_are_the_same_in_a_file_and_in_the_environment(name, tmp_path):
     *_, env_id = common.resolve_task(name)
@@ -541,16 +571,36 @@ def test_objects_are_never_unpickled(collected, tmp_path):
     assert not (tmp_path / "unpickled").exists()
 
 
-@pytest.mark.parametrize("owner, name", [(common, "Dataset"), (ogbench, "load_dataset")])
-def test_a_mistake_of_ours_is_not_called_a_damaged_file(collected, monkeypatch, owner, name):
-    monkeypatch.setattr(owner, name, Mock(side_effect=NameError("name 'observation' is unknown")))
+def test_a_mistake_of_ours_is_not_called_a_damaged_file(collected, monkeypatch):
+    mistake = NameError("name 'observation' is unknown")
+    monkeypatch.setattr(common, "Dataset", Mock(side_effect=mistake))
     with pytest.raises(NameError, match="observation"):
         common.load_dataset(collected, ENV_ID, "cpu")
 
 
-def test_sources_are_tried_in_order(collected, tmp_path, monkeypatch):
+def test_data_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("OGBENCH_DATA", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    official = tmp_path / ".ogbench/data" / f"{NAME}.npz"
+    assert common.data_folder() == tmp_path / ".ogbench/data"
+    monkeypatch.setenv("OGBENCH_DATA", "~/large disk")
+    assert common.data_folder() == tmp_path / "large disk"
+    monkeypatch.setenv("OGBENCH_DATA", "/scratch/data")
+    assert common.data_folder() == Path("/scratch/data")
+
+
+def test_a_missing_home_directory_is_one_line(monkeypatch):
+    monkeypatch.delenv("OGBENCH_DATA", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", Mock(side_effect=KeyError))  # as in some containers
+    with pytest.raises(common.UserError, match="^there is no home directory; set OGBENCH_DATA"):
+        common.get_dataset(NAME, ENV_ID)
+    monkeypatch.setenv("OGBENCH_DATA", "/scratch/data")
+    assert common.data_folder() == Path("/scratch/data")
+
+
+def test_sources_are_tried_in_order(collected, tmp_path, monkeypatch):
+    folder = tmp_path / "data"
+    monkeypatch.setenv("OGBENCH_DATA", str(folder))
     given = tmp_path / "mine.npz"
     with np.load(collected) as file:
         arrays = {name: array for name, array in file.items() if name != "source"}
@@ -562,32 +612,61 @@ def test_sources_are_tried_in_order(collected, tmp_path, monkeypatch):
 
     collect = Mock(side_effect=write_collected)
     monkeypatch.setattr(common, "collect_pointmaze", collect)
+    download = Mock(side_effect=common.UserError("no network"))
+    monkeypatch.setattr(common, "download", download)
     for _ in range(2):  # collected once, used twice
         dataset, description = common.get_dataset(NAME, ENV_ID)
         assert len(dataset) == 3000
         assert description.startswith(f"{counts}, collected by OGBench's protocol")
     assert collect.call_count == 1
-    assert (tmp_path / ".ogbench/collected" / f"{NAME}.npz").exists()
+    assert (folder / "collected" / f"{NAME}.npz").exists()
 
-    official.parent.mkdir()
-    np.savez(official, **arrays)
-    assert common.get_dataset(NAME, ENV_ID)[1] == f"{counts}, no source stated, as in OGBench files"
+    official = f"{counts}, no source stated, as in OGBench files"
+    np.savez(folder / f"{NAME}.npz", **arrays)
+    assert common.get_dataset(NAME, ENV_ID)[1] == official
     np.savez(given, **arrays)
-    assert (
-        common.get_dataset(NAME, ENV_ID, str(given))[1]
-        == f"{counts}, no source stated, as in OGBench files"
-    )
+    assert common.get_dataset(NAME, ENV_ID, str(given))[1] == official
     with pytest.raises(common.UserError, match="absent.npz: .*No such file"):
         common.get_dataset(NAME, ENV_ID, "absent.npz")
 
-    stitch, stitch_env = common.resolve_task("pointmaze-medium-stitch-v0")[1:]
-    get = Mock(side_effect=common.requests.ConnectionError)  # only navigate data are collected
-    monkeypatch.setattr(common.requests, "get", get)
-    monkeypatch.setattr(common.time, "sleep", Mock())
-    url = "https://rail.eecs.berkeley.edu/datasets/ogbench/pointmaze-medium-stitch-v0.npz"
-    with pytest.raises(common.UserError, match=f"{url}: download failed"):
+    _, stitch, stitch_env = common.resolve_task("pointmaze-medium-stitch-v0")
+    assert not download.called
+    with pytest.raises(common.UserError, match="no network"):  # only navigate data are collected
         common.get_dataset(stitch, stitch_env)
+    urls, path = download.call_args.args
+    assert urls == [
+        "https://rail.eecs.berkeley.edu/datasets/ogbench/pointmaze-medium-stitch-v0.npz",
+        f"{common.MIRROR}/pointmaze-medium-stitch-v0.npz",
+    ]
+    assert path == folder / "pointmaze-medium-stitch-v0.npz"
     assert collect.call_count == 1
+
+
+def test_who_waits_for_a_file_says_so_and_names_the_lock(tmp_path, capsys):
+    path = tmp_path / "data" / "file.npz"
+    path.parent.mkdir()
+    lock = FileLock(path.with_name(".file.npz.lock"))
+    lock.acquire()
+    make = Mock()
+    thread = threading.Thread(target=common.make_once, args=(path, make))
+    thread.start()
+    printed = ""
+    deadline = time.monotonic() + 20
+    while not printed and time.monotonic() < deadline:
+        time.sleep(0.05)
+        printed = capsys.readouterr().out
+    path.touch()  # the other one is done
+    lock.release()
+    thread.join(20)
+    assert not thread.is_alive() and not make.called
+    assert printed.startswith("waiting") and lock.lock_file in printed
+
+
+def test_after_a_failure_the_lock_is_free(tmp_path):
+    with pytest.raises(common.UserError, match="no network") as error:
+        common.make_once(tmp_path / "file", Mock(side_effect=common.UserError("no network")))
+    with FileLock(tmp_path / ".file.lock", timeout=0):
+        assert error  # holds the frames of the failure, and what is in them
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
@@ -606,6 +685,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, step):
 # ------------------------------------------------------------------------------------ run folder
 
 
+NETS = torch.nn.Linear(2, 3)
+
+
 def log_row(run, step, success=0.5):
     """One row of train.csv and one of eval.csv."""
     run.log("train.csv", dict(step=step, critic_loss=1.0, q_mean=-1.0, q_min=-2.0, q_max=0.0))
@@ -616,8 +698,8 @@ def log_row(run, step, success=0.5):
 def test_run_folder(tmp_path, capsys):
     config = dict(script="x.py", args=dict(lam=1.0), dataset="somewhere")
     with common.Run(tmp_path / "runs/x", config) as run:
-        assert run.restore() == {}
-        config = json.loads((run.folder / "config.json").read_text())
+        assert run.restore(NETS) is None
+        config = common.read_config(run.folder)
         assert config["args"] == {"lam": 1.0} and config["dataset"] == "somewhere"
         assert config["versions"]["torch"] == torch.__version__ and "commit" in config
 
@@ -639,19 +721,30 @@ def test_run_folder(tmp_path, capsys):
 
         nets = torch.nn.Linear(2, 3)
         run.save(step=2, nets=nets.state_dict(), generator=torch.Generator().get_state())
-        state = torch.load(run.folder / "checkpoint.pt", weights_only=True)
+        state = common.read_checkpoint(run.folder)
         assert state["step"] == 2 and torch.equal(state["nets"]["weight"], nets.weight)
         run.finish()
     printed = capsys.readouterr().out
-    assert printed == "finished; mean of the last 3 evaluations: return -3, length 9\n"
+    assert printed == "finished; mean of the last three evaluations: return -3, length 9\n"
     names = {path.name for path in run.folder.iterdir()}
     files = {"config.json", "train.csv", "eval.csv", "curve.png", "checkpoint.pt"}
     assert names - {".lock"} == files
 
 
+def test_a_row_that_lacks_a_column_has_nan_there(tmp_path):
+    run = common.Run(tmp_path / "run", dict(script="x.py"))
+    run.log("train.csv", dict(step=1, q_mean=2.0, policy_loss=3.0))
+    run.log("train.csv", dict(policy_loss=4.0, step=2))
+    columns = common.read_columns(run.folder / "train.csv")
+    assert list(columns) == ["step", "q_mean", "policy_loss"]
+    assert columns["policy_loss"].tolist() == [3, 4]
+    assert columns["q_mean"][0] == 2 and np.isnan(columns["q_mean"][1])
+
+
 def test_the_picture_marks_the_switch_where_there_are_rows_after_it(tmp_path, monkeypatch):
     line = Mock()
     monkeypatch.setattr("matplotlib.axes.Axes.axvline", line)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", Mock())
     run = common.Run(tmp_path / "run", dict(script="fql.py"))
     for step, switch, lines in ((1000, 0, 0), (2000, 2000, 0), (3000, 2000, 3)):
         run.log("eval.csv", dict(step=step, success=0.5))
@@ -660,65 +753,138 @@ def test_the_picture_marks_the_switch_where_there_are_rows_after_it(tmp_path, mo
     assert all(call.args == (2,) for call in line.call_args_list)  # thousand
 
 
-def test_a_resumed_run_has_the_rows_of_its_checkpoint(tmp_path):
-    config = dict(script="x.py", device="cpu", dataset="5 transitions")
+CONFIG = dict(script="x.py", device="cpu", dataset="5 transitions", args=dict(lam=1.0, hidden=[8]))
+
+
+def test_rows_are_cut_at_the_checkpoint(tmp_path):
     nets = torch.nn.Linear(2, 3).state_dict()
-    with common.Run(tmp_path / "run", config) as run:
-        run.restore()
+    with common.Run(tmp_path / "run", CONFIG) as run:
+        assert run.restore(NETS) is None
         log_row(run, 1)
-        run.save(step=1, nets=nets)
-        as_saved = (run.folder / "train.csv").read_bytes(), (run.folder / "eval.csv").read_bytes()
-        log_row(run, 2)  # after the checkpoint: will come again
-    with common.Run(tmp_path / "run", config, resume=True) as run:
-        state = run.restore()
-        assert state["step"] == 1 and torch.equal(state["nets"]["weight"], nets["weight"])
-        files = (run.folder / "train.csv").read_bytes(), (run.folder / "eval.csv").read_bytes()
-        assert files == as_saved
-        log_row(run, 2)
-        assert [row["step"] for row in run.rows["eval.csv"]] == [1, 2]
+        log_row(run, 5)
+        run.log("episodes.csv", {"step": 4, "return": -3.0, "success": 1.0})
+        run.save(step=5, nets=nets, generator=None)
+        names = ("train.csv", "eval.csv", "episodes.csv")
+        as_saved = {name: (run.folder / name).read_bytes() for name in names}
+        log_row(run, 6)  # after the checkpoint: will come again
+        log_row(run, 10)
+        run.log("episodes.csv", {"step": 7, "return": -3.0, "success": 1.0})
+    with open(run.folder / "train.csv", "a") as file:
+        file.write("5")  # a torn last line; of step 50, say
+    with open(run.folder / "eval.csv", "a") as file:
+        file.write("11,0.5,-3.0")
+    with common.Run(tmp_path / "run", CONFIG, resume=True) as run:
+        state = run.restore(NETS)
+        assert state["step"] == 5 and torch.equal(state["nets"]["weight"], nets["weight"])
+        assert {name: (run.folder / name).read_bytes() for name in names} == as_saved
+        log_row(run, 6)
+        assert common.read_columns(run.folder / "eval.csv")["step"].tolist() == [1, 5, 6]
 
 
-@pytest.mark.parametrize("name", ["device", "dataset"])
-def test_a_run_cannot_be_resumed_with_another(tmp_path, name):
-    config = dict(script="x.py", device="cpu", dataset="5 transitions")
-    with common.Run(tmp_path / "run", config) as run:
-        run.restore()
-        run.save(step=1, nets={})
-    written = (tmp_path / "run/config.json").read_bytes()
-    with common.Run(tmp_path / "run", {**config, name: "other"}, resume=True) as run:
-        with pytest.raises(common.UserError, match=f"{name} was {config[name]}, is other"):
-            run.restore()
-    assert (tmp_path / "run/config.json").read_bytes() == written
+def test_what_changes_in_a_resumed_run_is_printed(tmp_path, capsys):
+    with common.Run(tmp_path / "run", CONFIG) as run:
+        run.restore(NETS)
+        run.save(step=1, nets=NETS.state_dict(), generator=None)
+    with common.Run(tmp_path / "run", {**CONFIG, "args": dict(lam=1.0, hidden=(8,))}, True) as run:
+        run.restore(NETS)
+    assert capsys.readouterr().out == ""  # JSON makes lists of tuples
+    args = dict(lam=3.0, hidden=[8], new=4)
+    other = dict(CONFIG, args=args, device="cuda", dataset="6 transitions")
+    with common.Run(tmp_path / "run", other, resume=True) as run:
+        run.restore(NETS)
+    assert capsys.readouterr().out.splitlines() == [
+        "changed: lam 1.0 -> 3.0",
+        "changed: new None -> 4",
+        "changed: device cpu -> cuda",
+        "changed: dataset 5 transitions -> 6 transitions",
+    ]
+    assert common.read_config(run.folder)["args"] == args
 
 
 def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tmp_path):
-    config = dict(script="x.py", device="cpu")
-    with common.Run(tmp_path / "run", config) as run:
-        run.restore()
+    with common.Run(tmp_path / "run", CONFIG) as run:
+        run.restore(NETS)
         log_row(run, 1)
-    assert common.read_checkpoint(run.folder, "x.py") == dict(config=run.config)
-    with common.Run(tmp_path / "run", config, resume=True) as run:
-        assert run.restore() == {}
-        assert not (run.folder / "train.csv").exists()
+    with common.Run(tmp_path / "run", CONFIG, resume=True) as run:
+        assert run.restore(NETS) is None
+        log_row(run, 1)
+    assert common.read_columns(run.folder / "train.csv")["step"].tolist() == [1]
 
 
 def test_a_run_whose_checkpoint_was_removed_is_not_begun_anew(tmp_path):
-    config = dict(script="x.py", device="cpu")
-    with common.Run(tmp_path / "run", config) as run:
-        run.restore()
+    with common.Run(tmp_path / "run", CONFIG) as run:
+        run.restore(NETS)
         for step in (1, 2):  # a checkpoint follows each evaluation
             run.log("eval.csv", {"step": step, "success": 1.0, "return": -3.0})
     before = (run.folder / "eval.csv").read_bytes()
-    with pytest.raises(common.UserError, match="has no checkpoint.pt"):
-        common.Run(tmp_path / "run", config, resume=True).restore()
+    with pytest.raises(common.UserError, match="its checkpoint.pt was removed"):
+        common.Run(tmp_path / "run", CONFIG, resume=True).restore(NETS)
     assert (run.folder / "eval.csv").read_bytes() == before
 
 
-def test_a_mistake_of_ours_is_not_called_a_damaged_run(tmp_path, monkeypatch):
-    (tmp_path / "checkpoint.pt").touch()
-    monkeypatch.setattr(torch, "load", Mock(side_effect=NameError("name 'stat' is unknown")))
-    with pytest.raises(NameError, match="stat"):
-        common.read_checkpoint(tmp_path, "x.py")
+def start_args(**changes):
+    """What `start_run` reads of a script's settings."""
+    args = dict(seed=3, run_dir="runs", resume="", start_or_resume="", track=False)
+    return SimpleNamespace(**{**args, **changes})
+
+
+def test_start_run_resume_and_start_or_resume(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cpu = torch.device("cpu")
+
+    def start(**changes):
+        return common.start_run("/x/fql.py", NAME, start_args(**changes), "5 transitions", cpu)
+
+    with start() as run:
+        assert re.fullmatch(rf"{NAME}__fql__3__\d{{8}}-\d{{6}}", run.folder.name)
+        assert run.folder.parent == Path("runs")
+        assert run.restore(NETS) is None and run.config["script"] == "fql.py"
+        printed = capsys.readouterr().out
+        assert f"{NAME}: 5 transitions\n" in printed and "seed=3, run_dir=runs" in printed
+        with pytest.raises(common.UserError, match="has no checkpoint.pt; start this run again"):
+            start(resume=str(run.folder))
+        run.save(step=7, nets=NETS.state_dict(), generator=None)
+    with start(resume=str(run.folder)) as again:
+        assert again.folder == run.folder and again.restore(NETS)["step"] == 7
+
+    for _ in range(2):  # it has no checkpoint yet
+        with start(start_or_resume="sweep/job") as run:
+            assert run.folder == Path("sweep/job") and run.restore(NETS) is None
+            log_row(run, 1)
+    run = start(start_or_resume="sweep/job")
+    run.save(step=1, nets=NETS.state_dict(), generator=None)
+    run.lock.release()
+    with start(start_or_resume="sweep/job") as run:
+        assert run.restore(NETS)["step"] == 1
+        assert common.read_columns(run.folder / "eval.csv")["step"].tolist() == [1]
+    assert len(list(Path("sweep").iterdir())) == 1
+
+
+def test_weights_of_other_networks_are_refused():
+    nets = torch.nn.Linear(2, 3)
+    weights = torch.nn.Linear(2, 3).state_dict()
+    common.load_weights(nets, weights)
+    assert torch.equal(nets.weight, weights["weight"])
+    words = "other networks: weight is (3, 4) there and (3, 2) here"
+    with pytest.raises(common.UserError, match=re.escape(words)):
+        common.load_weights(nets, torch.nn.Linear(4, 3).state_dict())
+    with pytest.raises(common.UserError, match="other networks: bias is None"):
+        common.load_weights(nets, dict(weight=weights["weight"]))
+    assert torch.equal(nets.weight, weights["weight"])
+
+
+def test_a_generator_goes_on_or_is_seeded_anew(capsys):
+    generator = torch.Generator().manual_seed(1)
+    state = generator.get_state()
+    expected = torch.rand(3, generator=generator)
+    common.restore_generator(generator, state, 5)
+    assert torch.equal(torch.rand(3, generator=generator), expected)
+    assert capsys.readouterr().out == ""
+    of_cuda = torch.zeros(16, dtype=torch.uint8)  # seed and offset
+    common.restore_generator(generator, of_cuda, 5)
+    assert "another device" in capsys.readouterr().out
+    fresh = torch.Generator().manual_seed(5)
+    assert torch.equal(torch.rand(3, generator=generator), torch.rand(3, generator=fresh))
 
 
 def test_one_process_writes_to_a_run_folder_at_a_time(tmp_path):
@@ -733,7 +899,7 @@ def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path):
     with common.Run(tmp_path / "run", config) as first, common.Run(tmp_path / "run", config) as run:
         (first.folder / "config.json").write_text("of the first")
         assert first.folder == tmp_path / "run" and run.folder == tmp_path / "run-2"
-        run.restore()
+        run.restore(NETS)
     assert common.Run(tmp_path / "run", config).folder == tmp_path / "run-3"
     assert (first.folder / "config.json").read_text() == "of the first"
 
@@ -741,102 +907,95 @@ def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tmp_path):
 def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     run = common.Run(tmp_path / "run", dict(script="x.py"))
     run.save(step=1, nets=torch.nn.Linear(2, 3).state_dict())
-    with pytest.raises(common.Diverged, match="step 7: critic_loss is nan.* lower learning rate"):
+    with pytest.raises(common.UserError, match="step 7: critic_loss is nan.* lower learning rate"):
         run.log("train.csv", dict(step=7, q_mean=0.0, critic_loss=float("nan"), policy_loss=1.0))
     with pytest.raises(common.UserError, match="step 8: policy_loss is -inf"):
         row = dict(step=8, q_mean=0.0, critic_loss=0.0, policy_loss=float("-inf"))
         run.log("train.csv", row)
-    run.log("eval.csv", dict(step=8, success=float("nan"), train_return=float("nan")))  # unknown
+    run.log("eval.csv", dict(step=8, success=float("nan")))  # the environment has none
     nets = torch.nn.Linear(2, 3)
     nets.bias.data[1] = float("nan")
-    with pytest.raises(common.Diverged, match="step 9: bias is not finite"):
+    with pytest.raises(common.UserError, match="step 9: bias is not finite"):
         run.save(step=9, nets=nets.state_dict())
-    assert torch.load(run.folder / "checkpoint.pt", weights_only=True)["step"] == 1
+    assert common.read_checkpoint(run.folder)["step"] == 1
 
 
-def test_warning_when_q_leaves_its_range_comes_once(tmp_path, capsys):
-    run = common.Run(tmp_path / "run", dict(script="x.py"))
-
-    def check(step, q_min, q_max, rewards=(-1.0, 0.0)):
-        run.check_q(dict(step=step, q_min=q_min, q_max=q_max), torch.tensor(rewards), 0.99)
-
-    check(10, -109, 9)
-    check(10, -109, 9, (-1.0, -0.5))  # a solved task is worth 0
-    check(10, -9, 109, (0.5, 1.0))
-    assert capsys.readouterr().err == ""
-    check(20, -50, 11)
-    check(30, -50, 12)
-    printed = capsys.readouterr().err
-    assert printed.count("warning") == 1
-    assert "update 20" in printed and "[-100, 0]" in printed
+# ----------------------------------------------------------------------- checks before training
 
 
-# --------------------------------------------------------------------------------- environments
+@pytest.mark.parametrize(
+    "given, read",
+    [
+        ("--offline-steps 1e6 --lr 3e-4 --seed 3", "--offline-steps 1000000 --lr 3e-4 --seed 3"),
+        ("--lam 1.5e0 --online-steps 2.5e+5", "--lam 1.5e0 --online-steps 250000"),
+        ("--seed=3 --compile=True --sparse=False", "--seed 3 --compile --no-sparse"),
+        (
+            "--hidden=[256,256] --dataset=http://x/y.npz?a=b",
+            "--hidden 256 256 --dataset http://x/y.npz?a=b",
+        ),
+    ],
+)
+def test_command_lines_of_sweeps_and_large_numbers(monkeypatch, given, read):
+    monkeypatch.setattr(sys, "argv", ["qflow.py", *given.split()])
+    words = common.command_line()
+    assert words == read.split()
 
 
-@pytest.mark.parametrize("maze", ["medium", "teleport"])  # a teleport draws its exit in step()
-def test_episodes_follow_from_the_seed_alone(maze):
-    env_id = f"pointmaze-{maze}-singletask-task4-v0"
-    actions = np.random.default_rng(0).uniform(-0.3, 0.3, (600, 2, 2))
-    actions[..., 1] -= 0.7  # towards a teleport
-
-    def observe(inherited_seed):
-        np.random.seed(inherited_seed)  # what the workers inherit
-        envs = qflow.make_envs(lambda: gymnasium.make(env_id, max_episode_steps=250), 2)
-        observations = [envs.reset(seed=[5, 6])[0].copy()]
-        for action in actions:
-            observations.append(envs.step(action)[0].copy())
-        envs.close()
-        return np.array(observations)
-
-    first, again = observe(0), observe(1)
-    assert np.array_equal(first, again)
-    starts = first[[0, 250, 500]].reshape(6, 2)
-    assert len(np.unique(starts, axis=0)) == 6
-    if maze == "teleport":
-        assert np.abs(np.diff(first, axis=0)).max(2)[:249].max() > 3  # somebody was teleported
-
-
-# --------------------------------------------------------------------------------------- device
-
-
-def test_devices(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert qflow.choose_device("auto") == qflow.choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(common.UserError, match="--device cuda: must be .*; 0 CUDA devices found$"):
-        qflow.choose_device("cuda")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, device in (("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")):
-        assert qflow.choose_device(name) == torch.device(device)
-    assert qflow.choose_device("cpu") == torch.device("cpu")
-    with pytest.raises(common.UserError, match="--device cuda:2: .*; 2 CUDA devices found$"):
-        qflow.choose_device("cuda:2")
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(lr=0.0), "--lr 0.0: must be positive"),
+        (dict(lr=-1.0), "--lr -1.0: must be positive"),
+        (dict(lr=float("nan")), "--lr nan: must be positive"),
+        (dict(batch_size=0), "--batch-size 0: must be positive"),
+        (dict(seed=-1), "--seed -1: must be at least 0"),
+        (dict(rho=float("nan")), "--rho nan: must be at least 0"),
+        (dict(discount=1.01), "--discount 1.01: must be at most 1"),
+        (dict(tau=2), "--tau 2: must be at most 1"),
+        (dict(discount=0.0), "--discount 0.0: must be positive"),
+        (dict(hidden=()), "--hidden (): needs positive widths"),
+        (dict(hidden=(8, 0)), "--hidden (8, 0): needs positive widths"),
+        (dict(offline_steps=0), "--offline-steps and --online-steps: one must be positive"),
+    ],
+)
+def test_numbers_that_cannot_work(change, words):
+    right = dict(lr=1.0, batch_size=1, seed=0, rho=0.0, discount=1.0, tau=1, hidden=(1,))
+    right.update(offline_steps=1, online_steps=0, own=0.0)
+    names = ("lr batch_size discount tau", "seed rho offline_steps online_steps")
+    common.check_flags(SimpleNamespace(**right), *names)
+    with pytest.raises(common.UserError, match=f"^{re.escape(words)}$"):
+        common.check_flags(SimpleNamespace(**{**right, **change}), *names)
 
 
-def test_auto_takes_fast_products_only_where_they_are_float32(monkeypatch):
-    cpu = torch.device("cpu")
-    matmul = torch.Tensor.__matmul__
-    try:
-        qflow.set_matmul_precision("auto", cpu)
-        x = torch.randn(2, 256, 512)
-        y = torch.randn(2, 512, 256)
-        for a, b in ((x, y), (x[0], y[0]), (y.transpose(1, 2), x.transpose(1, 2))):
-            exact = a.double() @ b.double()
-            assert (a @ b - exact).norm() < 1e-6 * exact.norm()
+@pytest.mark.parametrize(
+    "reason, words",
+    [
+        ("g++: command not found", "install g++"),
+        ("fatal error: Python.h: No such file or directory", "install python3-dev"),
+        ("[Errno 13] Permission denied: '/tmp/torchinductor'", "set TORCHINDUCTOR_CACHE_DIR"),
+        ("x.so: failed to map segment from shared object", "set TORCHINDUCTOR_CACHE_DIR"),
+    ],
+)
+def test_reasons_why_torch_cannot_compile(monkeypatch, reason, words):
+    compiled = Mock(side_effect=RuntimeError(f"{reason}\n and more lines"))
+    monkeypatch.setattr(torch, "compile", Mock(return_value=compiled))
+    with pytest.raises(common.UserError, match="^--compile: torch cannot compile here; ") as error:
+        common.check_compiler()
+    assert words in str(error.value) and "\n" not in str(error.value)
 
-        def coarse_matmul(a, b):  # as where "medium" is bfloat16
-            is_medium = torch.get_float32_matmul_precision() == "medium"
-            if is_medium and a.dtype is torch.float32:
-                return matmul(a.bfloat16(), b.bfloat16()).float()
-            return matmul(a, b)
 
-        monkeypatch.setattr(torch.Tensor, "__matmul__", coarse_matmul)
-        qflow.set_matmul_precision("auto", cpu)
-        assert torch.get_float32_matmul_precision() == "highest"
-        qflow.set_matmul_precision("auto", torch.device("cuda"))
-        assert torch.get_float32_matmul_precision() == "high"
-        for name in ("medium", "high", "highest"):
-            qflow.set_matmul_precision(name, cpu)
-            assert torch.get_float32_matmul_precision() == name
-    finally:
-        torch.set_float32_matmul_precision("highest")
+@pytest.mark.slow
+def test_a_compiler_that_is_broken(tmp_path):
+    program = "import common; common.check_compiler(); print('it compiles')"
+
+    def run(compiler, cache):
+        env = {**os.environ, "CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / cache)}
+        root = Path(common.__file__).parent
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
+
+    broken = run("/bin/false", "broken")
+    assert "UserError: --compile: torch cannot compile here; a C++ compiler is" in broken.stderr
+    assert "it compiles" not in broken.stdout
+    whole = run("g++", "whole")
+    assert whole.stdout == "it compiles\n", whole.stderr

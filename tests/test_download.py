@@ -1,57 +1,34 @@
 """Downloads, from a host on this machine that fails in the ways that hosts do."""
 
-import subprocess
-import sys
+import re
+import resource
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import repeat
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
+import ogbench
 import pytest
 
 import common
 
-_, NAME, ENV_ID = common.resolve_task("pointmaze-medium-navigate-v0")
+NAME = "pointmaze-medium-stitch-v0"  # not one that is collected
+_, _, ENV_ID = common.resolve_task(NAME)
 DESCRIPTION = "1000 transitions, 1 episodes, no source stated, as in OGBench files"
 BLOCK = 2**16
 
-# Another process: for each line "HOME URL BYTES", get_dataset with files of at most so many bytes.
-OTHER_PROCESS = """
-import os, resource, sys, common
-print("ready", flush=True)
-for line in sys.stdin:
-    os.environ["HOME"], url, limit = line.split()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
-    try:
-        print(common.get_dataset(*sys.argv[1:], url=url)[1], flush=True)
-    except common.UserError as error:
-        print("UserError:", error, flush=True)
-"""
-
 
 class Host(ThreadingHTTPServer):
-    """A web server that has the same file under every path."""
+    """A web server that has the same file under every path that does not start with /broken."""
 
     def __init__(self, file):
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.file = file
-        self.knows_ranges = True
-        self.seen = []  # (path, Range) of each request
-        self.sent = 0  # bytes
+        self.seen = []  # the path of each request
+        self.fault = ""  # of the answers below /broken
         self.seconds_per_block = 0
         self.test_is_over = threading.Event()
-        self.behave()
-
-    def behave(self):
-        """From now on, answer well."""
-        self.body = self.file
-        self.claimed_length = str  # of the true one, the header's text; None: no such header
-        self.stalls = False
-        self.statuses = iter(())  # of one answer after the other; None: no answer
-        self.ends = iter(())  # where one answer after the other stops
 
     def handle_error(self, *args):
         """Print nothing when the client goes away."""
@@ -60,33 +37,31 @@ class Host(ThreadingHTTPServer):
 class Answer(BaseHTTPRequestHandler):
     def do_GET(self):
         host = self.server
-        asked_for = self.headers["Range"]
-        host.seen.append((self.path, asked_for))
-        if len(host.seen) > 20:  # a download without end becomes one that wrongly succeeds
-            host.behave()
-        is_part = asked_for and host.knows_ranges
-        start = int(asked_for.removeprefix("bytes=").removesuffix("-")) if is_part else 0
-        size = len(host.body)
-        status = next(host.statuses, 416 if start >= size else 200)
-        end = next(host.ends, size)
-        if status is None:
+        host.seen.append(self.path)
+        fault = host.fault if self.path.startswith("/broken") else ""
+        if fault == "stalls":
             host.test_is_over.wait(60)
             return
-        if status != 200:
-            self.send_error(status)
+        if fault.isdigit():
+            self.send_error(int(fault))
             return
-        self.send_response(206 if is_part else 200)
-        self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
-        length = host.claimed_length(size - start)
-        if length is not None:
-            self.send_header("Content-Length", length)
+        body = b"<html>Log in first</html>" if fault == "login page" else host.file
+        if fault == "damaged":
+            middle = len(body) // 2
+            body = body[:middle] + bytes(999) + body[middle + 999 :]
+        lengths = {"too long": len(body) + 999, "too short": len(body) - 999, "no number": "many"}
+        end = len(body)
+        if fault.startswith("half"):
+            end = len(body) // 2
+        self.send_response(200)
+        if fault not in ("half, no length", "no length"):
+            self.send_header("Content-Length", str(lengths.get(fault, len(body))))
         self.end_headers()
-        for i in range(start, end, BLOCK):
+        for i in range(0, end, BLOCK):
             host.test_is_over.wait(host.seconds_per_block)
-            block = host.body[i : min(i + BLOCK, end)]
-            host.sent += len(block)  # before anybody can look at it
-            self.wfile.write(block)
-        if host.stalls:
+            self.wfile.write(body[i : min(i + BLOCK, end)])
+        if fault == "half, then stalls":
+            self.wfile.flush()
             host.test_is_over.wait(60)
 
     def log_message(self, *args):
@@ -94,24 +69,31 @@ class Answer(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def versions(tmp_path_factory):
-    """Two datasets, with noise for more than one of the blocks that are written."""
+def file(tmp_path_factory):
+    """A dataset of one episode, with noise for more than one of the blocks that are written."""
     path = tmp_path_factory.mktemp("host") / "x.npz"
-    common.collect_pointmaze(NAME, path, num_episodes=1, workers=1)
+    common.collect_pointmaze("pointmaze-medium-navigate-v0", path, num_episodes=1, workers=1)
     with np.load(path) as file:
         arrays = {name: array for name, array in file.items() if name != "source"}
-    files = []
-    for seed in range(2):
-        noise = np.random.default_rng(seed).normal(size=150_000)
-        np.savez_compressed(path, **arrays, noise=noise)  # compressed, as OGBench's files are
-        files.append(path.read_bytes())
-    return files
+    noise = np.random.default_rng(0).normal(size=150_000)
+    np.savez_compressed(path, **arrays, noise=noise)  # compressed, as OGBench's files are
+    return path.read_bytes()
 
 
 @pytest.fixture
-def host(versions):
-    with Host(versions[0]) as host:
+def host(file, monkeypatch):
+    """The host; OGBench's own is its folder /broken, the mirror its folder /mirror."""
+    with Host(file) as host:
         threading.Thread(target=host.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setattr(ogbench.utils, "DATASET_URL", f"{host.url}/broken")
+        monkeypatch.setattr(common, "MIRROR", f"{host.url}/mirror")
+        get = common.requests.get
+
+        def hasty_get(*args, timeout, **kwargs):
+            assert 5 <= timeout <= 60  # there is one
+            return get(*args, timeout=0.3, **kwargs)
+
+        monkeypatch.setattr(common.requests, "get", hasty_get)
         yield host
         host.test_is_over.set()
         host.shutdown()
@@ -119,224 +101,131 @@ def host(versions):
 
 @pytest.fixture(autouse=True)
 def path(tmp_path, monkeypatch):
-    """Where the official file belongs in a home that is empty; common does not wait."""
-    monkeypatch.setenv("HOME", str(tmp_path))
+    """Where the official file belongs."""
+    monkeypatch.setenv("OGBENCH_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setattr(common, "time", Mock())
-    folder = tmp_path / ".ogbench/data"
-    folder.mkdir(parents=True)
-    return folder / f"{NAME}.npz"
+    return tmp_path / "data" / f"{NAME}.npz"
 
 
-def part_of(path):
-    return path.with_name(f"{path.name}.part")
+def visible_files(folder):
+    """All files below a folder but the locks."""
+    return [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
-def succeeds(host, path):
-    """Download; the file must be there and nothing else."""
-    common.download(NAME, f"{host.url}/x.npz", path)
-    assert path.read_bytes() == host.body and list(path.parent.iterdir()) == [path]
+FAULTS = [
+    ("404", "404 Client Error"),
+    ("403", "403 Client Error"),
+    ("503", "503 Server Error"),
+    ("stalls", "timed out"),
+    ("half", "download failed"),
+    ("half, then stalls", "timed out"),
+    ("half, no length", "not an npz file"),
+    ("too long", "download failed"),
+    ("too short", "not an npz file"),
+    ("no number", "download failed"),
+    ("login page", "not an npz file"),
+    ("damaged", "not an npz file"),
+]
 
 
-def fails(host, path, words=""):
-    """Download; there must be a message of one line and no file."""
+@pytest.mark.parametrize("fault, reason", FAULTS)
+def test_the_mirror_is_tried_after_the_official_host(host, path, capsys, fault, reason):
+    host.fault = fault
+    dataset, description = common.get_dataset(NAME, ENV_ID)
+    assert len(dataset) == 1000 and description == DESCRIPTION
+    assert host.seen == [f"/broken/{NAME}.npz", f"/mirror/{NAME}.npz"]
+    assert path.read_bytes() == host.file and visible_files(path.parent) == [path]
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{host.url}/broken/{NAME}.npz: ") and reason in line
+    assert line.endswith(f"; trying {host.url}/mirror/{NAME}.npz")
+
+
+@pytest.mark.parametrize("fault", ["", "no length"])
+def test_an_official_host_that_works_is_enough(host, path, capsys, fault):
+    host.fault = fault
+    for _ in range(2):  # downloaded once, used twice
+        dataset, description = common.get_dataset(NAME, ENV_ID)
+        assert len(dataset) == 1000 and description == DESCRIPTION
+    assert host.seen == [f"/broken/{NAME}.npz"]
+    assert path.read_bytes() == host.file and visible_files(path.parent) == [path]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("fault", ["404", "half", "damaged"])
+def test_without_a_host_the_ways_out_are_named(host, path, monkeypatch, fault):
+    monkeypatch.setattr(common, "MIRROR", f"{host.url}/broken/mirror")
+    host.fault = fault
     with pytest.raises(common.UserError) as error:
-        common.download(NAME, f"{host.url}/x.npz", path)
+        common.get_dataset(NAME, ENV_ID)
     message = str(error.value)
-    assert message.startswith(f"{host.url}/x.npz: download failed") and words in message
-    assert "\n" not in message and not path.exists()
+    for folder in ("broken", "broken/mirror"):
+        assert f"{host.url}/{folder}/{NAME}.npz: " in message
+    assert f"put {NAME}.npz into {path.parent} by hand" in message
+    assert "--dataset" in message and "results/collect_antmaze.py" in message
+    assert len(host.seen) == 2 and visible_files(path.parent) == []
+    host.fault = ""  # the same process tries again, and no lock is in its way
+    assert common.get_dataset(NAME, ENV_ID)[1] == DESCRIPTION
 
 
-# --------------------------------------------------------------------- hosts that break off
+@pytest.mark.parametrize("end", ["mine.npz", "a/mine.npz?download=true"])
+def test_a_url_is_downloaded_once(host, path, monkeypatch, end):
+    monkeypatch.setattr(common, "collect_pointmaze", None)
+    navigate = "pointmaze-medium-navigate-v0"
+    for _ in range(2):
+        dataset, description = common.get_dataset(navigate, ENV_ID, f"{host.url}/{end}")
+        assert len(dataset) == 1000 and description == DESCRIPTION
+    assert host.seen == [f"/{end}"]
+    (downloaded,) = visible_files(path.parent)
+    assert downloaded.parent == path.parent / "downloaded" and downloaded.name.endswith("mine.npz")
+    assert downloaded.read_bytes() == host.file
 
 
-@pytest.mark.parametrize("knows_ranges", [True, False])
-def test_a_host_that_dies_half_way_and_one_that_does_not(host, path, knows_ranges):
-    size = len(host.body)
-    half = size // 2
-    host.knows_ranges = knows_ranges
-    succeeds(host, path)
-    assert len(host.seen) == 1 and host.sent == size
-    path.unlink()
-    host.ends = iter([half])
-    host.sent = 0
-    succeeds(host, path)
-    assert len(host.seen) == 3
-    start = int(host.seen[2][1].removeprefix("bytes=").removesuffix("-"))
-    assert half - 2**18 < start <= half  # less than half: a block is lost with the connection
-    assert host.sent == half + (size - start if knows_ranges else size)
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.npz", "http://[/x.npz"])
+def test_a_url_without_a_host(path, url):
+    with pytest.raises(common.UserError, match=f"^{re.escape(url)}: download failed"):
+        common.get_dataset(NAME, ENV_ID, url)
+    assert visible_files(path.parent) == []
 
 
-@pytest.mark.parametrize("knows_ranges", [True, False])
-def test_a_host_that_always_dies_at_the_same_place(host, path, knows_ranges):
-    host.knows_ranges = knows_ranges
-    host.ends = repeat(len(host.body) // 2)
-    fails(host, path)
-    assert len(host.seen) == 4
-    size = part_of(path).stat().st_size
-    assert size > 0
-    host.behave()
-    succeeds(host, path)
-    assert host.seen[4:] == [("/x.npz", f"bytes={size}-")]
+def test_a_url_never_falls_back_to_another_file(host, path):
+    host.fault = "404"
+    with pytest.raises(common.UserError, match="/broken/x.npz: download failed .404"):
+        common.get_dataset(NAME, ENV_ID, f"{host.url}/broken/x.npz")
+    assert host.seen == ["/broken/x.npz"]
 
 
-def test_the_fourth_attempt_is_the_last(host, path):
-    host.statuses = iter([503, 503, 503])
-    succeeds(host, path)
-    path.unlink()
-    host.statuses = iter([503, 503, 503, 503])
-    fails(host, path, "503")
-    assert len(host.seen) == 8 and host.sent == len(host.body)
-
-
-@pytest.mark.parametrize("after_half", [False, True])
-def test_a_host_that_stalls(host, path, monkeypatch, after_half):
-    host.stalls = True
-    host.ends = repeat(len(host.body) // 2)
-    host.statuses = repeat(200 if after_half else None)
-    get = common.requests.get
-    timeouts = []
-
-    def hasty_get(*args, timeout, **kwargs):
-        timeouts.append(max(timeout))  # of connecting and reading
-        return get(*args, timeout=(0.3, 0.3), **kwargs)
-
-    monkeypatch.setattr(common.requests, "get", hasty_get)
-    fails(host, path)
-    assert len(host.seen) == 4 and part_of(path).exists() == after_half
-    waits = [call.args[0] for call in common.time.sleep.mock_calls]
-    assert len(timeouts) == len(waits) == 4
-    assert sum(timeouts) + sum(waits) <= 30
-
-
-# ------------------------------------------------------------------------ what was there before
-
-
-@pytest.mark.parametrize("share", [0, 0.5, 1])
-def test_what_an_earlier_process_left_is_continued(host, path, share):
-    size = int(share * len(host.body))
-    part_of(path).write_bytes(host.body[:size])
-    succeeds(host, path)  # all there: the host says 416
-    assert host.seen == [("/x.npz", f"bytes={size}-")]
-    assert host.sent == len(host.body) - size
-
-
-@pytest.mark.parametrize("knows_ranges", [True, False])
-@pytest.mark.parametrize("left", ["text", "hole", "old", "long"])
-def test_what_does_not_belong_to_the_file_is_thrown_away(host, path, versions, left, knows_ranges):
-    host.knows_ranges = knows_ranges
-    half = len(host.body) // 2
-    start = host.body.index(b"noise.npy") + 9  # zeros are no deflate stream: zlib.error
-    contents = dict(
-        text=b"?" * 999,
-        hole=host.body[:start] + bytes(9999) + host.body[start + 9999 : half],
-        old=versions[1][:half],
-        long=b"?" * 4 * half,
-    )
-    part_of(path).write_bytes(contents[left])
-    succeeds(host, path)
-    assert len(host.seen) == (2 if knows_ranges else 1)
-
-
-def test_a_file_that_is_there_is_replaced(host, path):
-    path.write_bytes(b"an old file")
-    succeeds(host, path)
-
-
-def test_a_file_that_cannot_be_put_in_place_is_kept(host, path, monkeypatch):
+def test_a_file_that_cannot_be_put_in_place(host, path, monkeypatch):
     denied = Mock(side_effect=PermissionError(13, "Denied"))
     monkeypatch.setattr(common.os, "replace", denied)
     with pytest.raises(common.UserError, match=f"{path.parent}: cannot write there: .*Denied"):
-        common.get_dataset(NAME, ENV_ID, url=host.url)
-    assert part_of(path).read_bytes() == host.body and not path.exists()
+        common.get_dataset(NAME, ENV_ID)
+    assert visible_files(path.parent) == []
 
 
-# ------------------------------------------------------------------------------ hosts that lie
+def test_a_full_disk(host, path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, hard))
+    try:
+        with pytest.raises(common.UserError, match=f"^{path.parent}: cannot write there: "):
+            common.get_dataset(NAME, ENV_ID)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(host.seen) == 1  # the mirror's file would not fit either
+    assert visible_files(path.parent) == []
+    assert common.get_dataset(NAME, ENV_ID)[1] == DESCRIPTION  # there is room again
 
 
-@pytest.mark.parametrize("knows_ranges", [True, False])
-@pytest.mark.parametrize("share", [1, 0.5])
-@pytest.mark.parametrize("claim", ["too much", "too little", "no number", "nothing"])
-def test_a_host_that_lies_about_the_length(host, path, claim, share, knows_ranges):
-    claims = {
-        "too much": lambda length: str(length + 999),
-        "too little": lambda length: str(length - 999),
-        "no number": lambda length: "many",
-        "nothing": lambda length: None,
-    }
-    host.claimed_length = claims[claim]
-    host.knows_ranges = knows_ranges
-    host.ends = repeat(int(share * len(host.body)))
-    if claim == "nothing" and share == 1:
-        succeeds(host, path)
-    else:
-        fails(host, path)
-    assert len(host.seen) <= 4
+def test_of_two_that_want_the_same_file_one_downloads(host, path):
+    host.seconds_per_block = 0.02
+    descriptions = []
 
+    def get():
+        descriptions.append(common.get_dataset(NAME, ENV_ID)[1])
 
-@pytest.mark.parametrize("status, requests", [(200, 1), (416, 1), (403, 4), (404, 4), (503, 4)])
-def test_a_host_that_refuses(host, path, status, requests):
-    host.statuses = repeat(status)
-    host.body = b"<html>Log in first</html>"
-    fails(host, path, "not an npz file" if requests == 1 else str(status))
-    assert len(host.seen) == requests and not list(path.parent.iterdir())
-
-
-# ---------------------------------------------------------------------------------- get_dataset
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/nobody", "nonsense", "ftp://x/y", "http://["])
-def test_without_a_host_the_ways_out_are_named(path, monkeypatch, url):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/fql.py", "--seed", "3"])
-    with pytest.raises(common.UserError) as error:
-        common.get_dataset(NAME, ENV_ID, url=url)
-    message = str(error.value)
-    mirror = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main"
-    assert message.startswith(f"{url}/{path.name}: download failed") and "\n" not in message
-    assert f"python fql.py --env {NAME} --dataset-url {mirror}, " in message
-    assert f"put {path.name} into {path.parent} by hand" in message
-    assert "--dataset" in message.split()
-
-
-@pytest.mark.parametrize("end", ["", "/folder", "/folder/", "/other.npz"])
-def test_a_given_url_comes_before_collecting(host, path, monkeypatch, end):
-    monkeypatch.setattr(common, "collect_pointmaze", None)
-    for _ in range(2):  # downloaded once, used twice
-        dataset, description = common.get_dataset(NAME, ENV_ID, url=host.url + end)
-        assert len(dataset) == 1000 and description == DESCRIPTION
-        assert path.read_bytes() == host.body
-    wanted = end if end.endswith(".npz") else f"{end.removesuffix('/')}/{path.name}"
-    assert [seen for seen, _ in host.seen] == [wanted]
-
-
-@pytest.fixture(scope="module")
-def other_process():
-    process = subprocess.Popen(
-        [sys.executable, "-c", OTHER_PROCESS, NAME, ENV_ID],
-        cwd=Path(common.__file__).parent,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,  # progress bars
-        text=True,
-        bufsize=1,
-    )
-    with process:
-        assert process.stdout.readline() == "ready\n"
-        yield process
-
-
-def test_a_full_disk(host, path, other_process, tmp_path):
-    print(tmp_path, host.url, 600_000, file=other_process.stdin)
-    answer = other_process.stdout.readline()
-    assert answer.startswith(f"UserError: {path.parent}: cannot write there: ")
-    assert not path.exists() and part_of(path).stat().st_size == 600_000
-    common.get_dataset(NAME, ENV_ID, url=host.url)  # there is room again
-    assert host.seen[1][1] == "bytes=600000-" and path.read_bytes() == host.body
-
-
-def test_two_processes_want_the_same_file(host, path, other_process, tmp_path):
-    host.seconds_per_block = 0.1
-    print(tmp_path, host.url, 2**40, file=other_process.stdin)
-    assert common.get_dataset(NAME, ENV_ID, url=host.url)[1] == DESCRIPTION
-    assert other_process.stdout.readline() == f"{DESCRIPTION}\n"
-    assert len(host.seen) == 1 and path.read_bytes() == host.body
+    threads = [threading.Thread(target=get) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert descriptions == [DESCRIPTION] * 2
+    assert host.seen == [f"/broken/{NAME}.npz"] and path.read_bytes() == host.file

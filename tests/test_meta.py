@@ -80,8 +80,8 @@ def test_offline_updates(method, settings):
     generator = torch.Generator()  # there is none on meta; there, the CPU's serves
     with MetaOnly():
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
-        draws = method.draw(batch.actions, generator)
-        metrics = method.update(nets, optimizer, batch, draws, args)
+        noise = method.sample_noise(batch.actions, generator)
+        metrics = method.update(nets, optimizer, batch, noise, args)
     assert batch.valid.shape == (8, args.horizon) and optimizer.steps == 1
     assert all(x.is_meta for x in metrics.values())
     assert_trained(nets)
@@ -106,10 +106,10 @@ def test_updates_of_flow_sac(policy, settings):
     generator = torch.Generator()
     with MetaOnly():
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
-        draws = flow_sac.draw(batch.actions, args.flow_steps, generator)
-        metrics = flow_sac.update_critic(nets, optimizers, batch, draws, args)
-        metrics |= flow_sac.update_velocity(nets, optimizers, batch, draws)
-        metrics |= flow_sac.update_policy(nets, optimizers, batch, draws, args)
+        noise = flow_sac.sample_noise(batch.actions, args.flow_steps, generator)
+        metrics = flow_sac.update_critic(nets, optimizers, batch, noise, args)
+        metrics |= flow_sac.update_velocity(nets, optimizers, batch, noise)
+        metrics |= flow_sac.update_policy(nets, optimizers, batch, noise, args)
     assert all(x.is_meta for x in metrics.values())
     assert [optimizer.steps for optimizer in optimizers] == [1, 2, 1]
     assert_trained(nets)
@@ -134,7 +134,7 @@ ON_THE_CPU = {
     "index": take,
     "index in backward": take_in_backward,
     "constant": lambda x: torch.zeros(3),
-    "draws": lambda x: torch.rand(3, 2),
+    "noise": lambda x: torch.rand(3, 2),
 }
 
 

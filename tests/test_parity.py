@@ -1,6 +1,6 @@
 """Replays what a JAX implementation of the authors' equations computed, with the code that trains.
 
-Each *.npz in $GOLDEN_DIR (default: tests/golden) holds weights, batches, random draws and results
+Each *.npz in $GOLDEN_DIR (default: tests/golden) holds weights, batches, random noise and results
 of three updates in a row, or a sampler's output. Its `config` says which algorithm it records.
 
 The files are float32, so even exact code differs from them by their rounding. Each is replayed in
@@ -90,7 +90,7 @@ def settings_of(config):
     return settings
 
 
-def replay_updates(config, arrays, args, dtype, module, make_draws, check_step, losses):
+def replay_updates(config, arrays, args, dtype, module, make_noise, check_step, losses):
     """Replay the updates of a file with the module's networks and losses.
 
     check_step: also compares what is not in the metrics. losses: our metric -> (the file's name
@@ -112,10 +112,10 @@ def replay_updates(config, arrays, args, dtype, module, make_draws, check_step, 
         recorded = under(arrays, f"step{step}/batch/", dtype)
         whole = torch.ones(len(recorded["rewards"]), args.horizon, dtype=dtype)
         batch = common.Batch(**{"valid": whole, **recorded})
-        draws = make_draws(under(arrays, f"step{step}/draw/", dtype))
+        noise = make_noise(under(arrays, f"step{step}/draw/", dtype))
         expected = under(arrays, f"step{step}/expect/")
-        check_step(nets, batch, draws, expected, rounding)
-        metrics = module.update(nets, optimizer, batch, draws, args)
+        check_step(nets, batch, noise, expected, rounding)
+        metrics = module.update(nets, optimizer, batch, noise, args)
         for name, (key, tolerance) in losses.items():
             tolerance += rounding
             # q_loss is a mean of numbers of size 1 and of both signs, the others are of squares
@@ -149,25 +149,25 @@ def replay_qflow(config, arrays, dtype):
     settings = settings_of(config)
     args = qflow.Args(**settings, lam=config["alpha"], time_dim=config["time_embed_dim"])
 
-    def draws(d):
+    def noise(d):
         names = "critic/next_noise", "critic/x0", "critic/t", "actor/x0", "actor/t"
-        return qflow.Draws(*(d[name] for name in names))
+        return qflow.Noise(*(d[name] for name in names))
 
     @torch.no_grad()
-    def check(nets, batch, draws, expected, rounding):
+    def check(nets, batch, noise, expected, rounding):
         s, a, k = batch.observations, batch.actions, args.flow_steps
-        next_actions = qflow.sample_actions(nets, batch.next_observations, draws.next_x0, args)
+        next_actions = qflow.sample_actions(nets, batch.next_observations, noise.next_x0, args)
         close(next_actions, expected["critic/next_actions"], absolute=1e-5 + rounding)
-        xt = (1 - draws.value_t) * draws.value_x0 + draws.value_t * a
-        x1 = qflow.rollout(nets.velocity, s, xt, draws.value_t, k)
+        xt = (1 - noise.value_t) * noise.value_x0 + noise.value_t * a
+        x1 = qflow.rollout(nets.velocity, s, xt, noise.value_t, k)
         close(x1, expected["critic/x1_pred"], absolute=1e-5 + rounding)
-        target_q, target_v = qflow.targets(nets, batch, draws.next_x0, xt, draws.value_t, args)
+        target_q, target_v = qflow.targets(nets, batch, noise.next_x0, xt, noise.value_t, args)
         close(target_q, expected["critic/target_q"], of_largest=1e-5 + rounding)
         close(target_v, expected["critic/target_v"], of_largest=1e-5 + rounding)
-        xt = (1 - draws.policy_t) * draws.policy_x0 + draws.policy_t * a
-        grad_v = qflow.guidance(nets.value, s, xt, draws.policy_t)
+        xt = (1 - noise.policy_t) * noise.policy_x0 + noise.policy_t * a
+        grad_v = qflow.guidance(nets.value, s, xt, noise.policy_t)
         close(grad_v, expected["actor/grad_v"], of_largest=5e-4 + rounding)
-        v_target = a - draws.policy_x0 + grad_v / args.lam
+        v_target = a - noise.policy_x0 + grad_v / args.lam
         close(v_target, expected["actor/v_target"], of_largest=5e-4 + rounding)
 
     losses = {
@@ -175,7 +175,7 @@ def replay_qflow(config, arrays, dtype):
         "value_loss": ("critic/distillation_loss", 1e-4),
         "policy_loss": ("actor/total_loss", 1e-4),
     }
-    replay_updates(config, arrays, args, dtype, qflow, draws, check, losses)
+    replay_updates(config, arrays, args, dtype, qflow, noise, check, losses)
 
 
 def replay_fql(config, arrays, dtype):
@@ -184,11 +184,11 @@ def replay_fql(config, arrays, dtype):
         settings[name] = config[name]
     args = fql.Args(**settings)
 
-    def draws(d):
+    def noise(d):
         names = "critic/next_noise", "actor/x0", "actor/t", "actor/distill_noise"
-        return fql.Draws(*(d[name] for name in names))
+        return fql.Noise(*(d[name] for name in names))
 
-    def check(nets, batch, draws, expected, rounding):
+    def check(nets, batch, noise, expected, rounding):
         pass  # the losses are all that these files have
 
     losses = {
@@ -197,7 +197,7 @@ def replay_fql(config, arrays, dtype):
         "distill_loss": ("actor/distill_loss", 1e-5),
         "q_loss": ("actor/q_loss", 1e-5),
     }
-    replay_updates(config, arrays, args, dtype, fql, draws, check, losses)
+    replay_updates(config, arrays, args, dtype, fql, noise, check, losses)
 
 
 def replay_sequences(config, arrays, dtype):
@@ -224,7 +224,7 @@ def replay_sequences(config, arrays, dtype):
 def replay_flow_g(config, arrays, dtype):
     """The authors' gated network and noise level; theirs is a function of the state alone."""
     sizes = config["obs_dim"], config["action_dim"]
-    velocity = flow_sac.GatedVelocity(*sizes, config["hidden_dim"], config["time_emb_dim"])
+    velocity = flow_sac.FlowG(*sizes, config["hidden_dim"], config["time_emb_dim"])
     log_sigma = flow_sac.LogSigma(*sizes, 512, low=-5.0, high=2.0)
     velocity.to(dtype)
     log_sigma.to(dtype)
@@ -267,15 +267,7 @@ def test_there_are_golden_files():
     assert FILES, f"no *.npz in {FOLDER}"
 
 
-@pytest.fixture(params=["float64", "float32-highest", "float32-auto"])
-def dtype(request):
-    """The type to compute in; sets how float32 matrices are multiplied."""
-    name, _, precision = request.param.partition("-")
-    qflow.set_matmul_precision(precision or "highest", torch.device("cpu"))
-    yield getattr(torch, name)
-    torch.set_float32_matmul_precision("highest")
-
-
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_replay(path, dtype):
     algorithm, config, arrays = load(path)

@@ -1,26 +1,24 @@
-"""Runs that are stopped, killed, or cannot write, and go on.
+"""Runs that are stopped, killed, or cannot write, and their resumption.
 
-What has to die is a process of its own. The rest calls main() here, which spares the imports.
+What has to die is a process of its own. The rest calls main() here, with short episodes.
 """
 
-import json
-import math
 import os
-import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
 
-import imageio
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 import common
 import flow_sac
@@ -29,32 +27,40 @@ import qflow
 
 ROOT = Path(__file__).parent.parent
 NAME = "pointmaze-medium-navigate-v0"
-SMALL = "--device cpu --hidden 16 16 --batch-size 16 --eval-episodes 2 --seed 3"
-OFFLINE = f"{SMALL} --offline-steps 60 --eval-interval 30 --log-interval 7 --horizon 2".split()
-ONLINE = f"""{SMALL} --online-steps 400 --eval-interval 100 --log-interval 25 --learning-starts 50
-    --env Hopper-v5 --policy-width 8""".split()
-BOTH = [*OFFLINE, *"--eval-interval 60 --online-steps 240".split()]  # one phase after the other
-BOTH_OF_FLOW_SAC = [*BOTH, *f"--env {NAME} --learning-starts 100 --policy-width 8".split()]
-RUNS = {"qflow": [*OFFLINE, "--time-dim", "4"], "fql": OFFLINE, "flow_sac": ONLINE}
-POLICIES = [("flow_sac", policy) for policy in ("flow-t", "flow-g", "naive")]
 MODULES = {"qflow": qflow, "fql": fql, "flow_sac": flow_sac}
+EPISODE = 20  # steps
+
+OFFLINE = f"""--env {NAME} --device cpu --hidden 16 16 --batch-size 16 --eval-episodes 2 --seed 3
+    --offline-steps 40 --eval-interval 20 --log-interval 7 --horizon 2""".split()
+FLAGS = {
+    "qflow": [*OFFLINE, "--time-dim", "4"],
+    "fql": OFFLINE,
+    "flow_sac": [*OFFLINE, *"--online-steps 0 --learning-starts 0 --policy-width 8".split()],
+}
+ONLINE = "--offline-steps 10 --online-steps 60 --eval-interval 1000 --log-interval 15".split()
+FROM_SCRATCH = """--env HalfCheetah-v5 --device cpu --hidden 16 16 --policy-width 8 --batch-size 16
+    --eval-episodes 1 --learning-starts 20 --online-steps 60 --log-interval 10""".split()
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A home with a small dataset in the place of the collected one."""
-    home = tmp_path_factory.mktemp("home")
-    path = home / ".ogbench/collected" / f"{NAME}.npz"
-    path.parent.mkdir(parents=True)
+def data(tmp_path_factory):
+    """A folder with a small dataset in the place of the collected one."""
+    folder = tmp_path_factory.mktemp("data")
+    path = folder / "collected" / f"{NAME}.npz"
+    path.parent.mkdir()
     common.collect_pointmaze(NAME, path, num_episodes=2, workers=1)
-    return home
+    return folder
 
 
 @pytest.fixture(scope="module")
-def call(home):
-    """A function that runs a script's main with these flags, here."""
+def call(data):
+    """A function that runs a script's main with these flags, here, without drawing curves."""
     patch = pytest.MonkeyPatch()
-    patch.setenv("HOME", str(home))
+    patch.setenv("OGBENCH_DATA", str(data))
+    patch.setattr(common.Run, "plot", lambda run, *args, **options: None)
+    for module in MODULES.values():
+        short = partial(module.make_env, max_episode_steps=EPISODE)
+        patch.setattr(module, "make_env", short)
 
     def call(script, *flags):
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
@@ -69,21 +75,329 @@ def call(home):
 
 @pytest.fixture(scope="module")
 def whole(call, tmp_path_factory):
-    """Script -> folder of a run that was never interrupted."""
-    folders = {}
-    for script, flags in RUNS.items():
-        root = tmp_path_factory.mktemp("whole")
-        call(script, *flags, "--run-dir", root)
-        (folders[script],) = root.iterdir()
-    return folders
+    """Script -> folder of an offline run that was never interrupted."""
+    root = tmp_path_factory.mktemp("whole")
+    for script, flags in FLAGS.items():
+        call(script, *flags, "--start-or-resume", root / script)
+    return {script: root / script for script in FLAGS}
 
 
-def start(home, script, *flags, **options):
+@pytest.fixture
+def copy_of(whole, tmp_path):
+    """copy_of(script): the folder of a copy of its run."""
+    return lambda script: Path(shutil.copytree(whole[script], tmp_path / "copy"))
+
+
+def rows(folder, name):
+    """The rows of a CSV file, as lists of text without the speed."""
+    lines = [line.split(",") for line in (folder / name).read_text().splitlines()]
+    kept = [i for i, column in enumerate(lines[0]) if column != "steps_per_s"]
+    return [[line[i] for i in kept] for line in lines]
+
+
+def steps(folder, name):
+    return [int(row[0]) for row in rows(folder, name)[1:]]
+
+
+def settings(folder):
+    return common.read_config(folder)["args"]
+
+
+def assert_same_run(folder, other):
+    """The same rows, networks, data and random numbers to come, bit for bit."""
+    for name in ("train.csv", "eval.csv"):
+        assert rows(folder, name) == rows(other, name), name
+    state = common.read_checkpoint(folder)
+    expected = common.read_checkpoint(other)
+    assert state["step"] == expected["step"]
+    assert torch.equal(state["generator"], expected["generator"])
+    for kind in ("nets", "collected"):
+        assert state[kind].keys() == expected[kind].keys()
+        for name, tensor in expected[kind].items():
+            assert torch.equal(state[kind][name], tensor), name
+    assert not list(folder.glob(".*.tmp"))
+
+
+class Stopped(BaseException):
+    """Like KeyboardInterrupt, it is not an Exception: nothing in the scripts catches it."""
+
+
+def call_until(call, saves_at, stops_at, *flags):
+    """Call a script that saves at one step and is stopped after it has logged a later one."""
+    log = common.Run.log
+
+    def log_and_stop(run, name, row):
+        log(run, name, row)
+        if row["step"] >= stops_at:
+            raise Stopped
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(common.Run, "save_is_due", lambda run: run.bar.n == saves_at)
+        patch.setattr(common.Run, "log", log_and_stop)
+        call(*flags)
+
+
+# -------------------------------------------------------------------------------------- stopped
+
+
+@pytest.mark.parametrize(
+    "script, again",
+    [("qflow", "--resume"), ("fql", "--start-or-resume"), ("flow_sac", "--start-or-resume")],
+)
+def test_stopped_and_resumed_offline_it_computes_the_same(
+    script, again, call, whole, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    call_until(call, 24, 35, script, *FLAGS[script], "--start-or-resume", folder)
+    printed = capsys.readouterr()
+    assert f"resume with --resume {folder}" in printed.err and "changed: " not in printed.out
+    assert common.read_checkpoint(folder)["step"] == 24
+    assert steps(folder, "train.csv")[-2:] == [28, 35]  # to be computed again
+    before = (folder / "train.csv").read_text().splitlines()[:5]
+    assert before[-1].startswith("21,")
+    with open(folder / "train.csv", "a") as file:
+        file.write("40,0.1")  # killed while it was writing
+    call(script, again, folder, *(FLAGS[script] if again == "--start-or-resume" else []))
+    assert "changed: " not in capsys.readouterr().out
+    assert_same_run(folder, whole[script])
+    assert (folder / "train.csv").read_text().splitlines()[:5] == before  # with their speed
+
+
+def test_stopped_before_its_first_checkpoint_it_starts_again(call, whole, tmp_path):
+    folder = tmp_path / "run"
+    call_until(call, None, 20, "fql", *FLAGS["fql"], "--start-or-resume", folder)
+    assert not (folder / "checkpoint.pt").exists() and steps(folder, "train.csv")[-1] == 20
+    with pytest.raises(common.UserError, match="has no checkpoint.pt; start this run again by its"):
+        call("fql", "--resume", folder)
+    call("fql", *FLAGS["fql"], "--start-or-resume", folder)
+    assert_same_run(folder, whole["fql"])
+
+
+def test_a_finished_run_whose_checkpoint_was_removed_is_not_overwritten(call, copy_of):
+    folder = copy_of("fql")
+    (folder / "checkpoint.pt").unlink()
+    with pytest.raises(common.UserError, match="its checkpoint.pt was removed"):
+        call("fql", *FLAGS["fql"], "--start-or-resume", folder)
+    assert steps(folder, "eval.csv") == [20, 40]
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_stopped_online_it_keeps_what_it_collected(script, call, tmp_path):
+    folder = tmp_path / "run"
+    flags = [*FLAGS[script], *ONLINE]
+    call_until(call, 40, 50, script, *flags, "--start-or-resume", folder)
+    before = common.read_checkpoint(folder)
+    valids = [1] * 20 + [0] + [1] * 10 + [0]  # an episode, and the start of the next one
+    assert before["step"] == 40 and before["collected"]["valids"].tolist() == valids
+    assert steps(folder, "episodes.csv") == [30, 50]
+    first_rows = {name: rows(folder, name)[:3] for name in ("train.csv", "eval.csv")}
+    first_episode = rows(folder, "episodes.csv")[:2]
+    call(script, "--resume", folder)
+    after = common.read_checkpoint(folder)
+    valids += [1] * 20 + [0] + [1] * 10 + [0]  # a new episode after the resume
+    assert after["step"] == 70 and after["collected"]["valids"].tolist() == valids
+    for name, tensor in before["collected"].items():
+        assert torch.equal(after["collected"][name][: len(tensor)], tensor), name
+    assert not torch.equal(after["generator"], before["generator"])
+    assert steps(folder, "train.csv") == [10, 15, 30, 45, 60, 70]
+    assert steps(folder, "eval.csv") == [10, 70] and steps(folder, "episodes.csv") == [30, 60]
+    assert rows(folder, "episodes.csv")[0] == ["step", "return", "success"]
+    assert rows(folder, "episodes.csv")[:2] == first_episode
+    assert -EPISODE <= float(first_episode[1][1]) <= 0 and float(first_episode[1][2]) in (0, 1)
+    for name, expected in first_rows.items():
+        assert rows(folder, name)[: len(expected) - 1] == expected[:-1]
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_going_online_later_is_going_online_at_once(script, call, whole, copy_of, tmp_path, capsys):
+    at_once = tmp_path / "at_once"
+    online = ["--online-steps", 30]
+    call(script, *FLAGS[script], *online, "--start-or-resume", at_once)
+    later = copy_of(script)
+    capsys.readouterr()
+    call(script, "--resume", later, *online)
+    printed = capsys.readouterr().out
+    assert printed.count("changed: ") == 1 and "changed: online_steps 0 -> 30\n" in printed
+    assert_same_run(later, at_once)
+    assert len(common.read_checkpoint(later)["collected"]["valids"]) == 32
+    call(script, "--resume", later, "--online-steps", 20)  # fewer than there are: nothing to do
+    assert common.read_checkpoint(later)["step"] == 70
+
+
+def test_from_scratch_evaluating_and_saving_do_not_change_the_training(call, tmp_path):
+    folders = {interval: tmp_path / str(interval) for interval in (15, 60)}
+    for interval, folder in folders.items():
+        flags = [*FROM_SCRATCH, "--eval-interval", interval]
+        call("flow_sac", *flags, "--start-or-resume", folder)
+        assert steps(folder, "eval.csv") == list(range(interval, 61, interval))
+    often, once = (common.read_checkpoint(folder) for folder in folders.values())
+    for name, tensor in once["nets"].items():
+        assert torch.equal(often["nets"][name], tensor), name
+    assert torch.equal(often["generator"], once["generator"])
+
+
+def test_a_checkpoint_is_due_after_five_minutes(tmp_path, monkeypatch):
+    clock = SimpleNamespace(perf_counter=lambda: clock.now, now=1000.0)
+    monkeypatch.setattr(common, "time", clock)
+    with common.Run(tmp_path / "run", {}) as run:
+        clock.now += 299
+        assert not run.save_is_due()
+        clock.now += 2
+        assert run.save_is_due()
+        run.save(step=0, nets={})
+        assert not run.save_is_due()
+
+
+# ------------------------------------------------------------------------------ changed settings
+
+
+def test_settings_of_a_resumed_run_may_be_changed(call, copy_of, whole, capsys):
+    folder = copy_of("qflow")
+    capsys.readouterr()
+    call("qflow", "--resume", folder, *"--offline-steps 60 --log-interval 5 --lam 3".split())
+    changed = [line for line in capsys.readouterr().out.splitlines() if "changed" in line]
+    assert sorted(changed) == [
+        "changed: lam 4.0 -> 3.0",
+        "changed: log_interval 7 -> 5",
+        "changed: offline_steps 40 -> 60",
+    ]
+    assert settings(folder)["lam"] == 3 and settings(folder)["batch_size"] == 16
+    assert steps(folder, "eval.csv") == [20, 40, 60]
+    assert rows(folder, "eval.csv")[:-1] == rows(whole["qflow"], "eval.csv")
+    assert steps(folder, "train.csv")[-5:] == [40, 45, 50, 55, 60]
+    call("qflow", "--resume", folder)  # with these settings from now on
+    printed = capsys.readouterr().out
+    assert "changed: " not in printed and "mean of the last three evaluations: success" in printed
+
+
+@pytest.mark.parametrize(
+    "script, flags, name",
+    [
+        ("qflow", ["--lr"], "critic.mlp.0.weight"),
+        ("fql", ["--lr"], "critic.mlp.0.weight"),
+        ("flow_sac", ["--policy-lr", "--q-lr"], "log_temperature"),
+    ],
+)
+def test_a_changed_learning_rate_takes_effect(script, flags, name, call, copy_of, tmp_path):
+    frozen = copy_of(script)
+    learning = Path(shutil.copytree(frozen, tmp_path / "learning"))
+    before = common.read_checkpoint(frozen)["nets"][name]
+    call(script, "--resume", learning, "--offline-steps", 42)
+    assert not torch.equal(common.read_checkpoint(learning)["nets"][name], before)
+    values = [word for flag in flags for word in (flag, 1e-30)]
+    call(script, "--resume", frozen, "--offline-steps", 42, *values)
+    assert torch.equal(common.read_checkpoint(frozen)["nets"][name], before)
+
+
+def test_another_dataset_is_a_changed_setting(call, copy_of, tmp_path, capsys):
+    other = tmp_path / "other.npz"
+    common.collect_pointmaze(NAME, other, num_episodes=1, workers=1)
+    folder = copy_of("fql")
+    call("fql", "--resume", folder, "--dataset", other, "--offline-steps", 41)
+    printed = capsys.readouterr().out
+    assert f"changed: dataset  -> {other}\n" in printed
+    assert "changed: dataset 2000 transitions, " in printed and " -> 1000 transitions" in printed
+    assert common.read_checkpoint(folder)["step"] == 41
+
+
+def test_networks_of_other_sizes_are_one_line(call, copy_of):
+    folder = copy_of("fql")
+    message = "the checkpoint is of other networks: critic.mlp.0.weight is .* there and .* here"
+    with pytest.raises(common.UserError, match=message):
+        call("fql", "--resume", folder, "--hidden", 8, 8)
+
+
+# -------------------------------------------------------------------------------------- trouble
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_row_that_does_not_fit_on_the_disk_is_an_error_not_a_gap(tmp_path, capsys):
+    run = common.Run(tmp_path / "run", dict(script="fql.py", args={}))
+    run.show_progress(0, 1, "updates")
+    run.save(step=0, nets={})
+    run.log("train.csv", dict(step=1, critic_loss=0.5))  # now it knows the file's columns
+    (run.folder / "train.csv").unlink()
+    (run.folder / "train.csv").symlink_to("/dev/full")
+    with pytest.raises(common.UserError, match=f"{run.folder}: .*No space left"), run:
+        run.log("train.csv", dict(step=2, critic_loss=0.5))
+    assert f"--resume {run.folder}" in capsys.readouterr().err
+
+
+def test_nan_stops_within_a_log_interval(call, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(common.UserError, match="^step 7: .*_loss is "):
+        call("fql", *OFFLINE, "--lr", "1e9", "--start-or-resume", folder)  # at first it is finite
+    assert not (folder / "checkpoint.pt").exists() and not (folder / "eval.csv").exists()
+
+
+def test_two_processes_never_write_one_run(call, copy_of):
+    folder = copy_of("fql")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with common.Run(folder, common.read_config(folder), resume=True):
+        with pytest.raises(common.UserError, match=f"{folder}: another process writes there"):
+            call("fql", "--resume", folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_requeued_job_waits_for_the_process_before_it(call, copy_of, monkeypatch):
+    folder = copy_of("fql")
+    is_locked = threading.Event()
+    may_end = threading.Event()
+
+    def process_before():
+        with FileLock(folder / ".lock"):
+            is_locked.set()
+            may_end.wait(60)
+
+    def end_in_a_moment():
+        threading.Timer(0.5, may_end.set).start()
+
+    thread = threading.Thread(target=process_before)
+    thread.start()
+    is_locked.wait()
+    with pytest.raises(common.UserError, match=f"{folder}: another process writes there"):
+        call("fql", "--resume", folder)  # typed by a person, who is told at once
+    monkeypatch.setattr(common, "git_commit", end_in_a_moment)  # called just before it locks
+    call("fql", "--start-or-resume", folder, "--offline-steps", 41)
+    thread.join()
+    assert common.read_checkpoint(folder)["step"] == 41
+
+
+def test_a_mistake_in_a_network_is_not_a_damaged_run(call, whole, monkeypatch):
+    def mistaken(self, *sizes, **options):
+        return undefined_name  # noqa: F821
+
+    monkeypatch.setattr(qflow.Value, "__init__", mistaken)
+    with pytest.raises(NameError, match="undefined_name"):
+        call("qflow", "--resume", whole["qflow"])
+    with pytest.raises(NameError, match="undefined_name"):
+        qflow.load(whole["qflow"])
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_loaded_networks_act_as_the_trained_ones(script, whole):
+    module = MODULES[script]
+    nets, args = module.load(whole[script])
+    assert args.seed == 3 and args.hidden == (16, 16) and nets.sizes == (2, 4)
+    obs = np.random.default_rng(0).normal(size=(5, 2))
+    x0 = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = module.sample_actions(nets, torch.tensor(obs).float(), x0, args).view(5, 2, 2)
+    first, again, other = (
+        module.act(nets, obs, args, torch.Generator().manual_seed(s)) for s in (0, 0, 1)
+    )
+    assert np.array_equal(first, expected) and np.abs(first).max() <= 1
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+# --------------------------------------------------------------------------------------- killed
+
+
+def start(data, script, *flags, **options):
     """The script as a process, in a group of its own."""
     return subprocess.Popen(
         [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)],
-        cwd=home,
-        env={**os.environ, "HOME": str(home), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OGBENCH_DATA": str(data), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -92,435 +406,57 @@ def start(home, script, *flags, **options):
     )
 
 
-def wait_for(process, condition):
-    """Wait until condition() holds or the process has ended."""
-    while not condition() and process.poll() is None:
-        time.sleep(0.01)
-
-
-def rows(folder, name):
-    """The rows of a CSV file, as text, without columns time_*."""
-    lines = [line.split(",") for line in (folder / name).read_text().splitlines()]
-    kept = [i for i, column in enumerate(lines[0]) if not column.startswith("time_")]
-    return [[line[i] for i in kept] for line in lines]
-
-
-def read(folder):
-    """What checkpoint.pt holds."""
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def assert_same_nets(folder, other):
-    nets = read(other)["nets"]
-    found = read(folder)["nets"]
-    assert found.keys() == nets.keys()
-    for name, tensor in nets.items():
-        assert torch.equal(found[name], tensor), name
-
-
-def assert_same_run(folder, other):
-    """The same rows, networks and random numbers to come, bit for bit."""
-    for name in ("train.csv", "eval.csv"):
-        assert rows(folder, name) == rows(other, name), name
-    assert_same_nets(folder, other)
-    state, expected = read(folder), read(other)
-    assert state["step"] == expected["step"]
-    assert torch.equal(state["generator"], expected["generator"])
-    assert not list(folder.glob("*.tmp")) and not list(folder.glob(".*.tmp"))
-
-
-class Stopped(BaseException):
-    """As KeyboardInterrupt is: not an Exception. Nothing in the scripts catches it."""
-
-
-def stop_after_save(patch, number=1):
-    """The number-th checkpoint from now on is the last thing that a run does."""
-    save = common.Run.save
-    calls = []
-
-    def save_and_stop(self, **state):
-        save(self, **state)
-        calls.append(state["step"])
-        if len(calls) == number:
-            raise Stopped
-
-    patch.setattr(common.Run, "save", save_and_stop)
-
-
-# --------------------------------------------------------------------------------------- killed
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, signals",
-    [("qflow", (signal.SIGKILL, signal.SIGTERM)), ("fql", (signal.SIGINT,))],
+    [("qflow", (signal.SIGKILL, signal.SIGTERM)), ("fql", (signal.SIGINT, signal.SIGKILL))],
 )
-def test_killed_again_and_again_it_computes_the_same(script, signals, home, whole, tmp_path):
+def test_killed_again_and_again_it_computes_the_same(script, signals, data, tmp_path):
+    folder = tmp_path / "run"
+    command = [data, script, *FLAGS[script], "--start-or-resume"]
     rng = np.random.default_rng()  # another moment each time: any must do
-    process = start(home, script, *RUNS[script], "--run-dir", tmp_path)
-    wait_for(process, lambda: list(tmp_path.glob("*/config.json")))
-    (folder,) = tmp_path.iterdir()
     for number in signals:
+        config = folder / "config.json"
+        written = config.stat().st_mtime_ns if config.exists() else None
+        process = start(*command, folder)
+        while process.poll() is None:
+            if config.exists() and config.stat().st_mtime_ns != written:
+                break
+            time.sleep(0.01)
         moment = rng.uniform(0, 1.5)
         time.sleep(moment)
-        # a terminal's Ctrl-C and a cluster's SIGTERM reach the environments' processes too
-        os.killpg(process.pid, number)
+        if number == signal.SIGKILL:
+            process.kill()  # its environments' processes notice
+        else:
+            os.killpg(process.pid, number)  # as from a terminal or a cluster: to all of them
         out, err = process.communicate(timeout=100)
         has_checkpoint = (folder / "checkpoint.pt").exists()
         print(f"signal {number} after {moment} s, checkpoint: {has_checkpoint}")
+        assert "Traceback" not in err, err
         if number != signal.SIGKILL and "mean of the last" not in out:
             assert process.returncode == 130 and err.endswith("interrupted\n"), err
-            assert "Traceback" not in err, err
-            assert f"--resume {folder} " not in err or has_checkpoint
-        written = (folder / "config.json").stat().st_mtime_ns
-        process = start(home, script, "--resume", folder)
-        wait_for(process, lambda t=written: (folder / "config.json").stat().st_mtime_ns != t)
-    out, err = process.communicate(timeout=100)
+            assert f"--resume {folder}" not in err or has_checkpoint
+    process = start(*command, folder)
+    _, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
-    assert_same_run(folder, whole[script])
+    process = start(*command, tmp_path / "whole")
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert_same_run(folder, tmp_path / "whole")
 
 
-def test_a_killed_run_from_scratch_goes_on_with_what_it_collected(home, call, tmp_path):
-    process = start(home, "flow_sac", *RUNS["flow_sac"], "--run-dir", tmp_path)
-    wait_for(process, lambda: list(tmp_path.glob("*/checkpoint.pt")))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=100)
-    (folder,) = tmp_path.iterdir()
-    before = read(folder)
-    step = before["step"]
-    assert step in (100, 200, 300) and before["collected"]["valids"].sum() == step
-    kept = {name: rows(folder, name) for name in ("train.csv", "eval.csv")}
-    call("flow_sac", "--resume", folder)
-    after = read(folder)
-    assert after["step"] == 400 and after["collected"]["valids"].sum() == 400
-    for name, tensor in before["collected"].items():
-        assert torch.equal(after["collected"][name][: len(tensor)], tensor), name
-    for name, interval in (("train.csv", 25), ("eval.csv", 100)):
-        found = rows(folder, name)
-        logged = [row for row in kept[name][1:] if int(row[0]) <= step]
-        assert logged and found[1 : 1 + len(logged)] == logged
-        first = {25: 75, 100: 100}[interval]  # learning starts after 50
-        assert [int(row[0]) for row in found[1:]] == list(range(first, 401, interval))
-    assert not torch.equal(after["generator"], before["generator"])
-
-
-@pytest.mark.parametrize("script", ["qflow", "fql", "flow_sac"])
-def test_killed_in_the_online_phase_it_keeps_what_it_collected(script, home, call, tmp_path):
-    flags = BOTH_OF_FLOW_SAC if script == "flow_sac" else BOTH
-    process = start(home, script, *flags, "--run-dir", tmp_path)
-
-    def is_online():
-        return any(len(rows(path.parent, "eval.csv")) > 3 for path in tmp_path.glob("*/eval.csv"))
-
-    wait_for(process, is_online)  # after step 180
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=100)
-    (folder,) = tmp_path.iterdir()
-    before = read(folder)
-    step = before["step"]
-    assert step in (120, 180, 240)
-    kept = before["collected"]
-    assert kept["valids"].tolist() == [1] * (step - 60) + [0]  # one episode so far
-    logged = {name: rows(folder, name) for name in ("train.csv", "eval.csv")}
-
-    with pytest.raises(common.UserError, match="--offline-steps 61: .* was trained with 60"):
-        call(script, "--resume", folder, "--offline-steps", 61)
-    call(script, "--resume", folder)
-    after = read(folder)
-    assert after["step"] == 300
-    valids = [1] * (step - 60) + [0] + [1] * (300 - step) + [0]  # then another one
-    assert after["collected"]["valids"].tolist() == valids
-    for name, tensor in kept.items():
-        assert torch.equal(after["collected"][name][: len(tensor)], tensor), name
-    for name, interval in (("train.csv", 7), ("eval.csv", 60)):
-        expected = [row for row in logged[name] if not row[0].isdigit() or int(row[0]) <= step]
-        found = rows(folder, name)
-        assert found[: len(expected)] == expected
-        steps = {*range(interval, 301, interval), *range(60, 301, 60)}
-        if script == "flow_sac" and name == "train.csv":
-            steps -= {*range(61, 161)}  # it only collects
-        assert [int(row[0]) for row in found[1:]] == sorted(steps)
-    call(script, "--resume", folder, "--online-steps", 100)  # fewer than there are: nothing to do
-    assert after["step"] == read(folder)["step"]
-
-
-@pytest.mark.parametrize("script, policy", [("qflow", ""), ("fql", ""), *POLICIES])
-def test_going_online_later_is_going_online_at_once(script, policy, call, tmp_path):
-    flags = BOTH
-    if script == "flow_sac":
-        flags = [*BOTH_OF_FLOW_SAC, "--learning-starts", 10, "--policy", policy]
-    at_once, later = tmp_path / "at_once", tmp_path / "later"
-    call(script, *flags, "--online-steps", 40, "--run-dir", at_once)
-    call(script, *flags, "--online-steps", 0, "--run-dir", later)
-    (at_once,), (later,) = at_once.iterdir(), later.iterdir()
-    done = read(later)["step"]
-    with pytest.raises(common.UserError, match=f"--offline-steps 1: {done} are done already"):
-        call(script, "--resume", later, "--offline-steps", 1, "--online-steps", 40)
-    call(script, "--resume", later, "--online-steps", 40)
-    assert_same_run(later, at_once)
-    collected, expected = read(later)["collected"], read(at_once)["collected"]
-    assert len(collected["valids"]) == 41
-    assert all(torch.equal(collected[name], expected[name]) for name in expected)
-
-
-def test_steps_that_were_added_count_although_the_run_is_stopped_at_once(call, whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole["qflow"], folder)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(qflow.Collector, "step", Mock(side_effect=Stopped))
-        call("qflow", "--resume", folder, "--online-steps", 7)
-    assert read(folder)["step"] == 60
-    call("qflow", "--resume", folder)
-    assert read(folder)["step"] == 67
-
-
-@pytest.mark.parametrize("script", ["fql", "flow_sac"])
-def test_stopped_before_its_first_checkpoint_it_begins_anew(script, call, whole, tmp_path):
-    def stop(self, **state):
-        raise Stopped
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(common.Run, "save", stop)
-        call(script, *RUNS[script], "--run-dir", tmp_path)
-    (folder,) = tmp_path.iterdir()
-    assert not (folder / "checkpoint.pt").exists() and len(rows(folder, "eval.csv")) == 2
-    call(script, "--resume", folder)
-    assert_same_run(folder, whole[script])
-
-
-# ---------------------------------------------------------------------------- when it is saved
-
-
-def test_a_checkpoint_every_five_minutes_whatever_the_interval(call, whole, tmp_path, capsys):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        minutes = iter(range(1000))
-        clock = SimpleNamespace(perf_counter=lambda: 60 * next(minutes))  # one at each look
-        patch.setattr(common, "time", clock)
-        stop_after_save(patch)
-        call("qflow", *RUNS["qflow"], "--run-dir", tmp_path)
-    (folder,) = tmp_path.iterdir()
-    step = read(folder)["step"]
-    assert step == 6 and not (folder / "eval.csv").exists()
-    assert f"--resume {folder} " in capsys.readouterr().err
-    call("qflow", "--resume", folder, "--offline-steps", step)
-    out = capsys.readouterr().out
-    assert "mean of the last 0 evaluations" in out and "nan" not in out
-    call("qflow", "--resume", folder, "--offline-steps", 60)
-    assert_same_run(folder, whole["qflow"])
-
-
-def test_an_online_checkpoint_comes_in_the_middle_of_an_episode(call, tmp_path):
-    flags = """--env HalfCheetah-v5 --online-steps 60 --learning-starts 10 --eval-interval 60
-        --policy-width 8""".split()  # its episodes have 1000 steps
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        minutes = iter(range(1000))
-        patch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: 60 * next(minutes)))
-        stop_after_save(patch, number=3)
-        call("flow_sac", *SMALL.split(), *flags, "--run-dir", tmp_path)
-    (folder,) = tmp_path.iterdir()
-    state = read(folder)
-    assert 15 <= state["step"] <= 21 and not (folder / "eval.csv").exists()
-    assert state["collected"]["valids"].sum() == state["step"]
-    call("flow_sac", "--resume", folder, "--online-steps", 30)
-    assert read(folder)["step"] == 30 and rows(folder, "eval.csv")[1][0] == "30"
-
-
-def test_evaluating_and_saving_do_not_change_an_online_training(call, whole, tmp_path):
-    call("flow_sac", *RUNS["flow_sac"], "--eval-interval", 400, "--run-dir", tmp_path)
-    (folder,) = tmp_path.iterdir()
-    assert len(rows(whole["flow_sac"], "eval.csv")) == 5 and len(rows(folder, "eval.csv")) == 2
-    assert rows(folder, "train.csv") == rows(whole["flow_sac"], "train.csv")
-    assert_same_nets(folder, whole["flow_sac"])
-    assert torch.equal(read(folder)["generator"], read(whole["flow_sac"])["generator"])
-
-
-# ------------------------------------------------------------------------- what may be changed
-
-
-@pytest.mark.parametrize("script", ["qflow", "flow_sac"])
-def test_steps_may_be_added_and_intervals_changed(script, call, whole, tmp_path, capsys):
-    folder = tmp_path / "run"
-    shutil.copytree(whole[script], folder)
-    steps = "online_steps" if script == "flow_sac" else "offline_steps"
-    flag = "--" + steps.replace("_", "-")
-    end = 500 if script == "flow_sac" else 80
-    call(script, "--resume", folder, flag, end, "--eval-interval", end, "--log-interval", 5)
-    assert f"{steps}={end}" in capsys.readouterr().out
-    assert rows(folder, "eval.csv")[:-1] == rows(whole[script], "eval.csv")
-    assert rows(folder, "eval.csv")[-1][0] == str(end)
-    saved = json.loads((folder / "config.json").read_text())["args"]
-    assert saved[steps] == end and saved["eval_interval"] == end
-    before = rows(folder, "eval.csv")
-    call(script, "--resume", folder, flag, end // 2)
-    assert "mean of the last 3 evaluations" in capsys.readouterr().out
-    assert rows(folder, "eval.csv") == before
-
-
-def test_a_dataset_may_move_and_must_be_the_same(home, call, whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole["fql"], folder)
-    moved = tmp_path / "moved.npz"
-    shutil.copy(home / ".ogbench/collected" / f"{NAME}.npz", moved)
-    call("fql", "--resume", folder, "--dataset", moved, "--offline-steps", 61)
-    assert read(folder)["step"] == 61
-    moved.rename(tmp_path / "again.npz")
-    call("fql", "--resume", folder, "--dataset", tmp_path / "again.npz", "--offline-steps", 62)
-    assert read(folder)["step"] == 62
-
-    other = tmp_path / "other.npz"
-    common.collect_pointmaze(NAME, other, num_episodes=1, workers=1)
-    with pytest.raises(common.UserError, match="dataset was 2000 .* is 1000 ") as error:
-        call("fql", "--resume", folder, "--dataset", other, "--offline-steps", 63)
-    assert f"--resume {folder}" in str(error.value) and "\n" not in str(error.value)
-    assert read(folder)["step"] == 62 and len(rows(folder, "eval.csv")) == 5
-
-
-def test_a_dataset_that_does_not_say_where_it_is_from_may_move_too(
-    home, call, tmp_path, monkeypatch
-):
-    with np.load(home / ".ogbench/collected" / f"{NAME}.npz") as file:
-        arrays = {name: file[name] for name in file if name != "source"}
-    official = tmp_path / ".ogbench/data" / f"{NAME}.npz"
-    official.parent.mkdir(parents=True)
-    np.savez(official, **arrays)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    flags = f"{SMALL} --eval-interval 20 --offline-steps 2".split()
-    call("fql", *flags, "--dataset-url", "http://localhost:1", "--run-dir", tmp_path / "runs")
-    (folder,) = (tmp_path / "runs").iterdir()
-    moved = official.rename(tmp_path / "moved.npz")
-    call("fql", "--resume", folder, "--dataset", moved, "--offline-steps", 3)
-    assert read(folder)["step"] == 3
-
-
-# ----------------------------------------------------------------------------------- trouble
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(home, whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole["fql"], folder)
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_last_checkpoint(data, copy_of):
+    folder = copy_of("fql")
     before = (folder / "checkpoint.pt").read_bytes()
 
     def limit():  # no file can grow beyond half of the checkpoint
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2,) * 2)
 
-    process = start(home, "fql", "--resume", folder, "--offline-steps", 61, preexec_fn=limit)
+    process = start(data, "fql", "--resume", folder, "--offline-steps", 41, preexec_fn=limit)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 2 and "Traceback" not in err
     assert "File too large" in err.splitlines()[-1]
     assert (folder / "checkpoint.pt").read_bytes() == before
     assert not list(folder.glob(".*.tmp"))
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_a_row_that_does_not_fit_on_the_disk_is_an_error_not_a_gap(tmp_path, capsys):
-    run = common.Run(tmp_path / "run", dict(script="fql.py"))
-    run.restore()
-    run.show_progress(0, 1, "updates")
-    run.save(step=0, nets=torch.nn.Linear(1, 1).state_dict())
-    (run.folder / "train.csv").symlink_to("/dev/full")
-    with pytest.raises(common.UserError, match=f"{run.folder}: .*No space left"), run:
-        run.log("train.csv", dict(step=1, critic_loss=0.5))
-    assert f"--resume {run.folder} " in capsys.readouterr().err
-
-
-def test_nan_stops_within_a_log_interval_and_keeps_the_last_good_checkpoint(call, whole, tmp_path):
-    with pytest.raises(common.UserError, match="^step 7: .*_loss is "):
-        call("fql", *OFFLINE, "--lr", "1e9", "--run-dir", tmp_path)  # at first it is finite
-    (folder,) = tmp_path.iterdir()
-    assert not (folder / "checkpoint.pt").exists() and not (folder / "eval.csv").exists()
-
-
-def test_two_processes_never_write_one_run(call, whole, tmp_path):
-    folder = tmp_path / "run"
-    shutil.copytree(whole["fql"], folder)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    config = json.loads((folder / "config.json").read_text())
-    with common.Run(folder, config, resume=True):
-        with pytest.raises(common.UserError, match=f"{folder}: another process writes there"):
-            call("fql", "--resume", folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-@pytest.mark.parametrize("script, name", [("qflow", "Value"), ("flow_sac", "BatchRenorm")])
-def test_a_mistake_in_a_network_is_not_a_damaged_run(script, name, call, whole, monkeypatch):
-    def mistaken(self, *sizes, **options):
-        return undefined_name  # noqa: F821
-
-    monkeypatch.setattr(getattr(MODULES[script], name), "__init__", mistaken)
-    for flag in ("--evaluate", "--resume"):
-        with pytest.raises(NameError, match="undefined_name"):
-            call(script, flag, whole[script])
-    with pytest.raises(NameError, match="undefined_name"):
-        MODULES[script].load(whole[script])
-
-
-# ------------------------------------------------------------------------------- --evaluate
-
-
-def test_evaluate_prints_intervals(call, whole, capsys):
-    call("qflow", "--evaluate", whole["qflow"], "--eval-episodes", 3)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("success 0 (95 %: 0 to 0.56")  # Wilson's for 0 of 3
-    assert lines[1:] == ["return -1000 (95 %: -1000 to -1000)", "length 1000 (95 %: 1000 to 1000)"]
-
-
-def test_the_interval_of_one_episode_is_infinite(capsys):
-    nan = np.array([math.nan])
-    qflow.report({"success": nan, "return": np.array([-3.0]), "length": np.array([5.0])})
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == ["return -3 (95 %: -inf to inf)", "length 5 (95 %: -inf to inf)"]
-
-
-def test_without_a_way_to_render_the_figures_come_all_the_same(home, whole, monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", "glfw")
-    monkeypatch.delenv("DISPLAY", raising=False)
-    process = start(home, "fql", "--evaluate", whole["fql"], "--eval-episodes", 1, "--video")
-    out, err = process.communicate(timeout=100)
-    assert process.returncode == 2 and "length 1000 (95 %" in out
-    assert "fql.py: error: --video: cannot render" in err and "MUJOCO_GL" in err
-    assert "Traceback" not in err and not list(whole["fql"].glob("*.gif"))
-
-
-FILM = f"""
-import sys
-from pathlib import Path
-import gymnasium
-import common
-import qflow
-
-nets, args = qflow.load(sys.argv[1])
-_, _, env_id = common.resolve_task("{NAME}")
-env = gymnasium.make(env_id, max_episode_steps=16, render_mode="rgb_array")
-with qflow.SeededReset(env) as env:
-    qflow.film(lambda obs: qflow.act(nets, obs, args), env, 0, Path(sys.argv[2]))
-"""
-
-
-def test_film_is_a_picture_of_every_eighth_step(whole, tmp_path):
-    path = tmp_path / "evaluation.gif"
-    environment = {**os.environ, "MUJOCO_GL": "egl", "PYTHONPATH": str(ROOT)}  # read at import
-    command = [sys.executable, "-c", FILM, whole["qflow"], path]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    if result.returncode and re.search("EGL|OpenGL|libGL", result.stderr):
-        pytest.skip(f"nothing can be rendered here: {result.stderr.splitlines()[-1]}")
-    assert result.returncode == 0, result.stderr
-    pictures = imageio.mimread(path)
-    assert len(pictures) == 6 and np.std(pictures[0]) > 10  # three episodes
-    assert str(path) in result.stdout
-
-
-@pytest.mark.parametrize("script", RUNS)
-def test_loaded_networks_act_as_the_trained_ones(script, whole):
-    module = MODULES[script]
-    nets, args = module.load(whole[script])
-    sizes, shape = ((11, 3), (5, 1, 3)) if script == "flow_sac" else ((2, 4), (5, 2, 2))
-    assert args.seed == 3 and args.hidden == (16, 16) and nets.sizes == sizes
-    obs = np.random.default_rng(0).normal(size=(5, sizes[0]))
-    x0 = torch.randn(5, sizes[1], generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = module.sample_actions(nets, torch.tensor(obs).float(), x0, args).view(shape)
-    first, again, other = (
-        module.act(nets, obs, args, torch.Generator().manual_seed(s)) for s in (0, 0, 1)
-    )
-    assert np.array_equal(first, expected) and np.abs(first).max() <= 1
-    assert np.array_equal(first, again) and not np.array_equal(first, other)

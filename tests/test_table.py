@@ -3,17 +3,19 @@
 import csv
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import flow_sac
 import fql
 import qflow
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent.parent / "results"))
+import table  # noqa: E402
+
 NAME = "pointmaze-medium-navigate-v0"
 
 
@@ -35,21 +37,31 @@ def write_run(folder, script, scores, name=None, **settings):
     (folder / "eval.csv").write_text("\n".join(rows) + "\n")
 
 
-def run_table(folder, out):
-    """The rows of the CSV file, and stderr."""
-    folders = sorted(folder.iterdir())
-    command = [sys.executable, ROOT / "results/table.py", *folders, "--out", out]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 0, result.stderr
-    with open(out) as file:
-        rows = list(csv.DictReader(file))
-    assert len(result.stdout.splitlines()) == 2 + len(rows)
-    return rows, result.stderr
+@pytest.fixture
+def runs(tmp_path):
+    """A folder for runs."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    return folder
 
 
-def test_the_score_is_that_of_the_last_three_evaluations_and_the_mean_over_seeds(tmp_path):
-    runs = tmp_path / "runs"
-    runs.mkdir()
+@pytest.fixture
+def make_table(runs, capsys):
+    """A function without arguments: the rows of the CSV file of these runs, and stderr."""
+
+    def make():
+        out = runs.parent / "table.csv"
+        table.main(tuple(runs.iterdir()), out)
+        with open(out) as file:
+            rows = list(csv.DictReader(file))
+        printed = capsys.readouterr()
+        assert len(printed.out.splitlines()) == 2 + len(rows)
+        return rows, printed.err
+
+    return make
+
+
+def test_the_score_is_that_of_the_last_three_evaluations_and_the_mean_over_seeds(runs, make_table):
     settings = {**qflow.SETTINGS["pointmaze"], "offline_steps": 12_000, "online_steps": 0}
     means = []
     for seed, scores in enumerate([[0, 0.1, 0.9, 0.8], [0, 0.4, 0.4, 0.7], [1, 0.3, 0.3, 0.9]]):
@@ -57,7 +69,7 @@ def test_the_score_is_that_of_the_last_three_evaluations_and_the_mean_over_seeds
         means.append(100 * np.mean(scores[1:]))
     write_run(runs / "q9", qflow, [0.5], **{**settings, "seed": 0, "lam": 7.0})
     write_run(runs / "t3", qflow, [0.2], **{**settings, "seed": 0, "task": 3})
-    (task, row, lam), errors = run_table(runs, tmp_path / "table.csv")
+    (task, row, lam), errors = make_table()
     assert errors == ""
     assert (row["environment"], row["task"], row["method"]) == (NAME, "default", "Q-Flow")
     assert (row["settings"], row["steps"], row["seeds"]) == ("", "12,000 offline", "3")
@@ -68,57 +80,39 @@ def test_the_score_is_that_of_the_last_three_evaluations_and_the_mean_over_seeds
     assert (task["task"], task["seeds"]) == ("3", "1")
 
 
-def test_methods_phases_and_returns_have_rows_of_their_own(tmp_path):
-    runs = tmp_path / "runs"
-    runs.mkdir()
+def test_methods_phases_and_returns_have_rows_of_their_own(runs, make_table):
     pointmaze = {**fql.SETTINGS["pointmaze"], "offline_steps": 6_000}
     write_run(runs / "fql", fql, [0.5], **pointmaze)
     write_run(runs / "online", fql, [0.9], **{**pointmaze, "online_steps": 20_000})
+    write_run(runs / "bptt", fql, [0.8], name="bptt.py", **pointmaze)
+    write_run(runs / "bptt2", fql, [0.7], name="bptt.py", **{**pointmaze, "alpha": 0.5})
     for policy in ("naive", "flow-t"):
         write_run(runs / policy, flow_sac, [-150], policy=policy, **flow_sac.SETTINGS["Pendulum"])
-    rows, errors = run_table(runs, tmp_path / "table.csv")
+    rows, errors = make_table()
     assert errors == ""
     found = {(row["method"], row["settings"], row["steps"], float(row["score"])) for row in rows}
     assert found == {
         ("FQL", "", "6,000 offline", 50),
         ("FQL", "", "6,000 offline + 20,000 online", 90),
+        ("FBRAC, alpha=16", "", "6,000 offline", 80),  # alpha weighs another loss than FQL's
+        ("FBRAC, alpha=0.5", "", "6,000 offline", 70),
         ("SAC Flow, naive", "", "15,000 online", -150),
         ("SAC Flow, flow-t", "", "15,000 online", -150),
     }
 
 
-def test_fql_and_backpropagation_with_the_same_settings_have_rows_of_their_own(tmp_path):
-    runs = tmp_path / "runs"
-    runs.mkdir()
-    settings = {**fql.SETTINGS["pointmaze"], "offline_steps": 6_000}
-    write_run(runs / "1", fql, [0.1], **settings)
-    write_run(runs / "2", fql, [0.9], name="bptt.py", **settings)
-    write_run(runs / "3", fql, [0.8], name="bptt.py", **{**settings, "alpha": 0.5})
-    rows, errors = run_table(runs, tmp_path / "table.csv")
-    assert errors == ""
-    found = [(row["method"], row["settings"], float(row["score"])) for row in rows]
-    alpha = settings["alpha"]
-    assert sorted(found) == sorted(
-        [("FQL", "", 10), (f"FBRAC, alpha={alpha:g}", "", 90), ("FBRAC, alpha=0.5", "", 80)]
-    )
-
-
-def test_the_script_of_an_older_run_is_known_by_its_settings(tmp_path):
-    runs = tmp_path / "runs"
-    runs.mkdir()
+def test_the_script_of_an_older_run_is_known_by_its_settings(runs, make_table):
     settings = dict(offline_steps=100, env="Pendulum-v1")
     for script in (qflow, fql, flow_sac):
         write_run(runs / script.__name__, script, [0.5], **settings)
     for path in runs.glob("*/config.json"):
         args = json.loads(path.read_text())["args"]
         path.write_text(json.dumps(dict(args=args)))
-    rows, _ = run_table(runs, tmp_path / "table.csv")
+    rows, _ = make_table()
     assert {row["method"].split(",")[0] for row in rows} == {"Q-Flow", "FQL", "SAC Flow"}
 
 
-def test_a_copy_of_a_script_has_rows_of_its_own(tmp_path):
-    runs = tmp_path / "runs"
-    runs.mkdir()
+def test_a_copy_of_a_script_has_rows_of_its_own(runs, make_table):
     settings = {**qflow.SETTINGS["pointmaze"], "offline_steps": 100, "online_steps": 0}
     write_run(runs / "1", qflow, [0.1], **settings)
     write_run(runs / "2", qflow, [0.2], name="qflow_mine.py", **settings)
@@ -126,7 +120,7 @@ def test_a_copy_of_a_script_has_rows_of_its_own(tmp_path):
     write_run(runs / "3", qflow, [0.3], name="qflow_mine.py", **own)
     settings = {**fql.SETTINGS["pointmaze"], "alpha": 3.0}
     write_run(runs / "4", fql, [0.4], name="mine.py", **settings)
-    rows, errors = run_table(runs, tmp_path / "table.csv")
+    rows, errors = make_table()
     assert errors == ""
     found = {(row["method"], row["settings"], float(row["score"])) for row in rows}
     assert found == {
@@ -137,22 +131,18 @@ def test_a_copy_of_a_script_has_rows_of_its_own(tmp_path):
     }
 
 
-def test_a_row_with_several_datasets_is_named(tmp_path):
-    runs = tmp_path / "runs"
-    runs.mkdir()
+def test_a_row_with_several_datasets_is_named(runs, make_table):
     settings = {**fql.SETTINGS["pointmaze"], "offline_steps": 100}
     for seed, dataset in enumerate(["official", "collected", "official"]):
         path = runs / str(seed) / "config.json"
         write_run(path.parent, fql, [0.5], seed=seed, **settings)
         path.write_text(json.dumps(dict(json.loads(path.read_text()), dataset=dataset)))
-    (row,), errors = run_table(runs, tmp_path / "table.csv")
+    (row,), errors = make_table()
     assert row["seeds"] == "3"
     assert errors == f"several datasets: {NAME}, default, FQL: collected; official\n"
 
 
-def test_what_is_left_out_is_named(tmp_path):
-    runs = tmp_path / "runs"
-    runs.mkdir()
+def test_what_is_left_out_is_named(runs, make_table):
     settings = {**qflow.SETTINGS["pointmaze"], "offline_steps": 100, "online_steps": 0}
     write_run(runs / "run_a", qflow, [0.2], **settings)
     write_run(runs / "run_b", qflow, [0.6], **settings)
@@ -166,7 +156,7 @@ def test_what_is_left_out_is_named(tmp_path):
     (runs / "cut/eval.csv").write_text(text[:-6])
     (runs / "no_args/config.json").write_text('{"script": "qflow.py"}')
     (runs / "nothing").mkdir()
-    (row,), errors = run_table(runs, tmp_path / "table.csv")
+    (row,), errors = make_table()
     assert (row["seeds"], float(row["score"])) == ("1", 60)
     for older in ("run_a", "run_c"):
         newer = f"{runs / 'run_b'}, same settings and seed, was evaluated later"

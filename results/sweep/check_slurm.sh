@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# SLURM on one machine: the README's array of jobs, one of which is requeued while it runs.
+# SLURM on one machine: the array of jobs of sweep.py, one of which is requeued while it runs.
 #
 #     apt-get install slurm-wlm munge
 #     bash results/sweep/check_slurm.sh > results/sweep/check_slurm.txt
@@ -53,7 +53,7 @@ settings="--hidden 8 --batch-size 16 --offline-steps 1200 --eval-interval 300 --
 settings="$settings --eval-episodes 1"
 
 say() { echo "$(date +%T) $*"; }
-folder() { sed -n "$1p" "$2" | sed 's/.*--resume //'; }
+folder() { sed -n "$1p" "$2" | sed 's/.*--start-or-resume //'; }
 
 echo "python results/sweep.py ${flags//$root\/} --print -- $settings > jobs.txt"
 python "$root/results/sweep.py" $flags --run-dir array --print -- $settings > jobs.txt
@@ -66,7 +66,7 @@ until [ -e "$(folder 2 jobs.txt)/checkpoint.pt" ]; do
 done
 # Its rows until then, with their speed: computed anew they would differ.
 head -n 4 "$(folder 2 jobs.txt)/train.csv" > before.csv
-grep -q time_updates_per_s before.csv
+grep -q steps_per_s before.csv
 [ "$(wc -l < before.csv)" = 4 ]
 squeue --array
 say "line 2 has a checkpoint: scontrol requeue ${id}_2"

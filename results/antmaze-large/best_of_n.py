@@ -1,10 +1,10 @@
 """Is it Q or the policy? What an FQL run's behaviour flow does alone, and with its learned Q.
 
-    python results/best_of_n.py RUN --n 4 16 64 --out RUN/best_of_n.csv
+    python results/antmaze-large/best_of_n.py RUN --n 4 16 64 --out RUN/best_of_n.csv
 
 Evaluates policies made of one checkpoint of fql.py, without any training, on the same episodes: the
 one-step policy, which the run itself evaluates; the behaviour flow; and, of N actions of the flow,
-the one with the largest Q (the mean of the critics). Prints means with 95 % intervals.
+the one with the largest Q (the mean of the critics). Prints means with 95% intervals.
 
 If the best of N is far better than the flow, Q ranks actions well. If it is also better than the
 one-step policy, that policy does not find what Q knows. A poor best of N decides nothing: Q may be
@@ -18,11 +18,13 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 
-import gymnasium
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+RESULTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(RESULTS.parent), str(RESULTS)]
+from evaluate import print_intervals  # noqa: E402
+
 import common  # noqa: E402
 import fql  # noqa: E402
 
@@ -55,19 +57,14 @@ def main(
     for number in n:
         if number < 1:
             raise common.UserError(f"--n {number}: must be at least 1")
-    device = fql.choose_device(device)
-    args = fql.saved_args(common.read_checkpoint(run, "fql.py"))
-    *_, env_id = common.resolve_task(args.env, args.task)
-
-    def make_env():
-        env = gymnasium.make(env_id)
-        if args.sparse:
-            env = gymnasium.wrappers.TransformReward(env, common.sparse_reward)
-        return env
-
+    if episodes < 1:
+        raise common.UserError(f"--episodes {episodes}: must be at least 1")
+    args = fql.saved_args(run)
+    env = fql.make_env(args)
+    env.close = lambda: None  # gymnasium closes it after a look at its spaces
     rows = []
-    with closing(fql.make_envs(make_env, min(episodes, 25))) as envs:  # before CUDA: they fork
-        fql.set_matmul_precision("auto", device)
+    with closing(fql.make_envs(lambda: env, min(episodes, 25))) as envs:  # before CUDA: they fork
+        device = fql.choose_device(device)
         nets, _ = fql.load(run, device)
         generator = torch.Generator(device)
 
@@ -84,7 +81,7 @@ def main(
             generator.manual_seed(seed)
             results = fql.evaluate(policy, envs, episodes, seed)
             print(f"{name}, {episodes} episodes:")
-            fql.report(results)
+            print_intervals(results)
             for episode in zip(*results.values()):
                 rows.append([name, *episode])
     if out:

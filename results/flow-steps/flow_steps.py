@@ -1,7 +1,7 @@
 """What an update costs against K, the number of flow steps: Q-Flow, FQL, and backpropagation.
 
-    OMP_NUM_THREADS=1 python results/flow_steps.py measure                   # on the CPU
-    python results/flow_steps.py measure --device cuda
+    OMP_NUM_THREADS=1 python results/flow-steps/flow_steps.py measure                   # on the CPU
+    python results/flow-steps/flow_steps.py measure --device cuda
 
 Sizes of antmaze-giant (29 observations, 8 actions), batch 256, networks of 4 x 512 and 4 x 256. The
 times are paired: for each K the three methods take turns within one process, so that a slow minute
@@ -31,8 +31,8 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "results"), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "results/bptt"), str(ROOT / "tests")]
 import bench_update  # noqa: E402
 import bptt  # noqa: E402
 
@@ -41,6 +41,7 @@ import fql  # noqa: E402
 import qflow  # noqa: E402
 
 METHODS = {"Q-Flow": qflow, "FQL": fql, "BPTT": bptt}
+Precision = Literal["highest", "high", "medium"]
 STEPS = (1, 2, 5, 10, 20, 50, 100)
 COLORS = {"Q-Flow": "tab:blue", "FQL": "tab:green", "BPTT": "tab:red"}
 
@@ -87,12 +88,13 @@ def memory(
     k: int,
     device: str = "cpu",
     threads: int = 1,
+    matmul_precision: Precision = "high",
     updates: int = 3,
 ):
     """Print the peak memory of some updates in MB, in a process that did nothing else."""
     torch.set_num_threads(threads)
     device = fql.choose_device(device)
-    fql.set_matmul_precision("auto", device)
+    torch.set_float32_matmul_precision(matmul_precision)
     tiny_update = make_update(method, 8, 1, device)
     tiny_update()
     del tiny_update
@@ -137,23 +139,25 @@ def measure(
     steps: tuple[int, ...] = STEPS,
     rounds: int = 20,
     threads: int = 1,
+    matmul_precision: Precision = "high",
     out: Path = Path("results/flow-steps"),
 ):
     """device: cpu or cuda; widths: of the four hidden layers; steps: the values of K; rounds: how
-    often each method is timed per K; threads: of torch; out: folder of table and picture"""
+    often each method is timed per K; threads: of torch; matmul_precision: as in the scripts; out:
+    folder of table and picture"""
     if rounds < 2:
         raise common.UserError(f"--rounds {rounds}: must be at least 2, for percentiles")
     if threads < 1:
         raise common.UserError(f"--threads {threads}: must be at least 1")
     torch.set_num_threads(threads)
     torch_device = fql.choose_device(device)
-    fql.set_matmul_precision("auto", torch_device)
+    torch.set_float32_matmul_precision(matmul_precision)
     conditions = dict(
         device=str(torch_device),
         device_name=device_name(torch_device),
         threads=threads,
         rounds=rounds,
-        matmul_precision=torch.get_float32_matmul_precision(),
+        matmul_precision=matmul_precision,
         torch=torch.__version__,
         commit=common.git_commit(),
     )
@@ -170,6 +174,7 @@ def measure(
             for method in METHODS:
                 flags = f"--method {method} --width {width} --k {k}"
                 flags += f" --device {torch_device} --threads {threads}"
+                flags += f" --matmul-precision {matmul_precision}"
                 command = [sys.executable, __file__, "memory", *flags.split()]
                 result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 deciles = statistics.quantiles(times[method], n=10, method="inclusive")

@@ -9,9 +9,9 @@ the policy. In the notation of fql.py, with y(z) the flow's action from noise z 
 The gradient of the last term passes through all K steps. Flags, networks, TD loss, training loop
 and evaluation are those of fql.py; alpha has another meaning, so scan it.
 
-    python results/bptt.py --env antmaze-large-navigate-v0 --alpha 3    # all flags of fql.py
-    python results/bptt.py --evaluate RUN
-    python results/bptt.py gradients RUN... --out results/bptt/pointmaze-medium
+    python results/bptt/bptt.py --env antmaze-large-navigate-v0 --alpha 3    # all flags of fql.py
+    python results/evaluate.py RUN
+    python results/bptt/bptt.py gradients RUN... --out results/bptt/pointmaze-medium
 
 `gradients` measures the norm of the gradient of -mean Q by the velocity's weights against K, on
 batches of the runs' data: with the weights of each run, and with untrained ones. The relative norm
@@ -32,10 +32,21 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import fql  # noqa: E402
-from fql import Args, draw, make_optimizer, update  # noqa: E402, F401
+from fql import (  # noqa: E402, F401
+    Args,
+    SeededEnv,
+    act,
+    choose_device,
+    evaluate,
+    make_env,
+    make_envs,
+    make_optimizer,
+    sample_noise,
+    update,
+)
 
 
 class Networks(nn.Module):
@@ -72,22 +83,31 @@ def policy_loss(nets, batch, z, args):
     return loss, dict(q_loss=loss)
 
 
-def total_loss(nets, batch, draws, args):
+def total_loss(nets, batch, noise, args):
     """The critic's loss, and alpha * flow matching - Q of the velocity."""
-    target = fql.critic_target(nets, batch, draws.next_z, args)
-    loss_q, metrics_q = fql.critic_loss(nets, batch, target)
-    loss_v, metrics_v = fql.flow_loss(nets, batch, draws.flow_x0, draws.flow_t)
-    loss_pi, metrics_pi = policy_loss(nets, batch, draws.policy_z, args)
-    metrics = {**metrics_q, **metrics_v, **metrics_pi}
-    total = loss_q + args.alpha * loss_v + loss_pi
+    q_target = fql.td_target(nets, batch, noise.next_z, args)
+    q_loss, q_metrics = fql.critic_loss(nets, batch, q_target)
+    bc_loss, bc_metrics = fql.flow_loss(nets, batch, noise.flow_x0, noise.flow_t)
+    pi_loss, pi_metrics = policy_loss(nets, batch, noise.policy_z, args)
+    metrics = {**q_metrics, **bc_metrics, **pi_metrics}
+    total = q_loss + args.alpha * bc_loss + pi_loss
     return total, {name: x.detach() for name, x in metrics.items()}
 
 
+def load(folder, device="cpu"):
+    """Networks and settings of the run in a folder, for `act`. Raises UserError."""
+    checkpoint = common.read_checkpoint(folder)
+    args = fql.saved_args(folder)
+    nets = Networks(*checkpoint["sizes"], args).to(device)
+    common.load_weights(nets, checkpoint["nets"])
+    return nets, args
+
+
 def use_in_fql():
-    """Make fql.py train, load and evaluate this method, under this script's name."""
+    """Make fql.py train this method, under this script's name."""
     fql.Networks = Networks
     fql.total_loss = total_loss
-    fql.__file__ = __file__  # in the names of runs, and compared with when one is loaded
+    fql.__file__ = __file__  # its name is part of a run's folder and config.json
     fql.__doc__ = __doc__  # for --help
 
 
@@ -95,7 +115,7 @@ def use_in_fql():
 
 
 # The settings that runs must share to be measured on the same batches.
-SAME = "env task dataset dataset_url sparse horizon batch_size hidden num_critics".split()
+SAME = "env task dataset sparse horizon batch_size hidden num_critics".split()
 
 
 def load_runs(folders):
@@ -105,7 +125,7 @@ def load_runs(folders):
     all_nets = []
     all_args = []
     for folder in folders:
-        nets, args = fql.load(folder)
+        nets, args = load(folder)
         all_nets.append(nets)
         all_args.append(args)
     for folder, args in zip(folders, all_args):
@@ -118,17 +138,17 @@ def load_runs(folders):
     return all_nets, all_args
 
 
-def gradient_norms(nets, batch, draws, flow_steps):
+def gradient_norms(nets, batch, noise, flow_steps):
     """Norms of gradients on a batch: a tensor of three.
 
     That of -mean Q by the velocity's weights, through all steps; the mean over the batch of the
     norm of dQ/da at the same actions; that of the flow matching loss by the velocity's weights.
     """
     weights = list(nets.velocity.parameters())
-    actions = flow_actions(nets, batch.observations, draws.policy_z, flow_steps)
+    actions = flow_actions(nets, batch.observations, noise.policy_z, flow_steps)
     q = nets.critic(batch.observations, actions).mean(0)
     dq_da, *q_gradient = torch.autograd.grad(-q.sum(), [actions, *weights])
-    flow_loss, _ = fql.flow_loss(nets, batch, draws.flow_x0, draws.flow_t)
+    flow_loss, _ = fql.flow_loss(nets, batch, noise.flow_x0, noise.flow_t)
     flow_gradient = torch.autograd.grad(flow_loss, weights)
     q_norm = torch.nn.utils.get_total_norm(q_gradient) / len(q)  # of the mean, not of the sum
     flow_norm = torch.nn.utils.get_total_norm(flow_gradient)
@@ -141,8 +161,8 @@ def mean_norms(nets, dataset, args, flow_steps, num_batches=8):
     total = torch.zeros(3)
     for _ in range(num_batches):
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
-        draws = draw(batch.actions, generator)
-        total += gradient_norms(nets, batch, draws, flow_steps)
+        noise = sample_noise(batch.actions, generator)
+        total += gradient_norms(nets, batch, noise, flow_steps)
     return (total / num_batches).tolist()
 
 
@@ -153,9 +173,6 @@ def gradients(
 ):
     """runs: folders of runs on the same dataset; steps: the values of K, to which those of the runs
     are added; out: folder to write to"""
-    use_in_fql()
-    device = torch.device("cpu")
-    fql.set_matmul_precision("auto", device)
     all_nets, all_args = load_runs(runs)
     args = all_args[0]
     torch.manual_seed(0)
@@ -168,9 +185,7 @@ def gradients(
         all_steps.add(run_args.flow_steps)
     steps = sorted(all_steps)
     _, dataset_name, env_id = common.resolve_task(args.env, args.task)
-    dataset, _ = common.get_dataset(
-        dataset_name, env_id, args.dataset, args.dataset_url, device, args.sparse
-    )
+    dataset, _ = common.get_dataset(dataset_name, env_id, args.dataset, sparse=args.sparse)
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()

@@ -1,7 +1,7 @@
 """Gradient norms of SAC Flow's actor against K, under three conditions of its noise.
 
-    python results/flow_sac_gradients.py train --condition authors --policy naive
-    python results/flow_sac_gradients.py measure
+    python results/flow-sac-gradients/flow_sac_gradients.py train --condition authors --policy naive
+    python results/flow-sac-gradients/flow_sac_gradients.py measure
 
 `train` makes a run of flow_sac.py on HalfCheetah-v5 with K = 4 under one condition, in
 runs/gradients/CONDITION/POLICY. `measure` takes the weights of those that are there, computes the
@@ -27,7 +27,7 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import flow_sac  # noqa: E402
 
@@ -52,7 +52,7 @@ def rollout_without_drift(velocity, log_sigma, obs, x, eps):
 
 def rollout_of_the_authors(velocity, log_std, obs, x, eps):
     """As flow_sac.rollout, but x_{i+1} = x_i + v dt + std eps, for flow-t std dt eps."""
-    is_flow_t = isinstance(velocity, flow_sac.DecodedVelocity)
+    is_flow_t = isinstance(velocity, flow_sac.FlowT)
     dt = 1 / len(eps)
     path = [x]
     log_prob = -0.5 * (x**2 + math.log(2 * math.pi)).sum(-1)
@@ -110,7 +110,7 @@ def train(
 
 def observations(count, seed=0):
     """What random actions see, the same for everyone: (count, O)."""
-    env = flow_sac.make_env("HalfCheetah-v5")
+    env = flow_sac.make_env(flow_sac.Args(env="HalfCheetah-v5"))
     env.action_space.seed(seed)
     obs, _ = env.reset(seed=seed)
     rows = [obs]

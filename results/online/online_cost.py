@@ -1,6 +1,6 @@
 """What a step of the online phase costs beside an offline update, and where its time goes.
 
-    OMP_NUM_THREADS=1 python results/online_cost.py
+    OMP_NUM_THREADS=1 python results/online/online_cost.py
 
 Times a thousand online steps of Q-Flow and of FQL, each after an offline update, in the same
 process: the environment's step, acting (K Euler steps, or one step of FQL's policy), appending to
@@ -11,37 +11,18 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Literal
 
-import gymnasium
 import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import fql  # noqa: E402
 import qflow  # noqa: E402
 
-
-class Timed:
-    """A function that notes how long each call took, in ms."""
-
-    def __init__(self, function, device):
-        self.function = function
-        self.device = device
-        self.times = []
-
-    def __call__(self, *args, **kwargs):
-        self.synchronize()
-        start = time.perf_counter()
-        result = self.function(*args, **kwargs)
-        self.synchronize()
-        self.times.append(1000 * (time.perf_counter() - start))
-        return result
-
-    def synchronize(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+PARTS = ("offline update", "online step", "of it: environment", "resets", "acting", "append")
 
 
 def random_dataset(env, device, num_rows=100_000):
@@ -55,49 +36,64 @@ def random_dataset(env, device, num_rows=100_000):
 
 def measure(method, name, settings, num_steps, device):
     """Mean times per step in ms: part -> time."""
-    *_, env_id = common.resolve_task(name)
-    args = method.Args(**settings)
+    args = method.Args(env=name, **settings)
     generator = torch.Generator(device).manual_seed(0)
-    with method.SeededReset(gymnasium.make(env_id)) as env:
+    times = dict.fromkeys(PARTS, 0.0)
+
+    def now():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    with method.SeededEnv(method.make_env(args)) as env:
         dataset = random_dataset(env, device)
         dataset.reserve(num_steps)
         obs_dim, action_dim = dataset.observations.shape[1], dataset.actions.shape[1]
         nets = method.Networks(obs_dim, action_dim * args.horizon, args).to(device)
         optimizer = method.make_optimizer(nets, args)
 
-        def policy(obs):
-            return method.act(nets, obs, args, generator)
-
         def sample_and_update():
             batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
-            draws = method.draw(batch.actions, generator)
-            return method.update(nets, optimizer, batch, draws, args)
+            noise = method.sample_noise(batch.actions, generator)
+            return method.update(nets, optimizer, batch, noise, args)
 
-        def online_step():
-            collector.step(seed=0)
-            sample_and_update()
-
-        parts = {
-            "offline update": Timed(sample_and_update, device),
-            "online step": Timed(online_step, device),
-            "of it: environment": Timed(env.step, device),
-            "resets": Timed(env.reset, device),
-            "acting": Timed(policy, device),
-            "append": Timed(dataset.append, device),
-        }
-        env.step = parts["of it: environment"]
-        env.reset = parts["resets"]
-        dataset.append = parts["append"]
-        collector = method.Collector(env, parts["acting"], dataset)
+        obs = None  # between episodes
         for _ in range(num_steps):
-            parts["offline update"]()
-            parts["online step"]()
-    return {part: sum(timed.times) / num_steps for part, timed in parts.items()}
+            start = now()
+            sample_and_update()
+            times["offline update"] += now() - start
+
+            start = now()
+            if obs is None:
+                obs, _ = env.reset(seed=0)
+                chunk = []
+            was_reset = now()
+            if not chunk:
+                chunk = list(method.act(nets, obs[None], args, generator)[0])
+            action = chunk.pop(0)
+            acted = now()
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            stepped = now()
+            done = terminated or truncated
+            dataset.append(obs, action, reward, 1.0 - terminated, next_obs, done)
+            obs = None if done else next_obs
+            appended = now()
+            sample_and_update()
+            times["online step"] += now() - start
+            times["of it: environment"] += stepped - acted
+            times["resets"] += was_reset - start
+            times["acting"] += acted - was_reset
+            times["append"] += appended - stepped
+    return {part: 1000 * total / num_steps for part, total in times.items()}
 
 
-def main(steps: int = 1000, device: str = "cpu"):
-    """steps: online steps of each row; device: cpu or cuda."""
-    qflow.set_matmul_precision("auto", torch.device(device))
+def main(
+    steps: int = 1000,
+    device: str = "cpu",
+    matmul_precision: Literal["highest", "high", "medium"] = "high",
+):
+    """steps: online steps of each row; device: cpu or cuda; matmul_precision: as in the scripts"""
+    torch.set_float32_matmul_precision(matmul_precision)
     rows = [
         ("pointmaze-medium-navigate-v0", None),
         ("cube-single-play-v0", (256,) * 4),

@@ -1,6 +1,6 @@
 """How far from the goal does Q still tell actions apart? Q of runs on a maze, by the distance.
 
-    python results/q_by_distance.py RUN... --out results/antmaze-large
+    python results/antmaze-large/q_by_distance.py RUN... --out results/antmaze-large
 
 For runs of qflow.py and fql.py on one maze and task. Transitions of their dataset are grouped by
 the number of cells on the shortest way from the ant or point to the goal. Columns, means over a
@@ -32,7 +32,7 @@ import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import fql  # noqa: E402
 import qflow  # noqa: E402
@@ -40,13 +40,12 @@ import qflow  # noqa: E402
 
 def load(folder):
     """Networks and settings of a run of qflow.py or fql.py. Raises UserError."""
-    errors = []
-    for method in (qflow, fql):
-        try:
-            return method.load(folder)
-        except common.UserError as error:
-            errors.append(str(error))
-    raise common.UserError("; ".join(dict.fromkeys(errors)))
+    script = common.read_config(folder).get("script")
+    if script == "qflow.py":
+        return qflow.load(folder)
+    if script == "fql.py":
+        return fql.load(folder)
+    raise common.UserError(f"{folder}: a run of {script}, not of qflow.py or fql.py")
 
 
 def distances_to_goal(env):
@@ -102,8 +101,6 @@ def main(
             raise common.UserError(f"--{name} {value}: must be at least 1")
     if not runs:
         raise common.UserError("needs the folder of at least one run")
-    device = torch.device("cpu")
-    qflow.set_matmul_precision("auto", device)
     loaded = [load(folder) for folder in runs]
     _, args = loaded[0]
     _, dataset_name, env_id = common.resolve_task(args.env, args.task)
@@ -115,15 +112,13 @@ def main(
             )
     with gymnasium.make(env_id) as env:
         distances = distances_to_goal(env.unwrapped)
-        dataset, _ = common.get_dataset(
-            dataset_name, env_id, args.dataset, args.dataset_url, device, args.sparse
-        )
+        dataset, _ = common.get_dataset(dataset_name, env_id, args.dataset, sparse=args.sparse)
         figure = Figure(figsize=(6, 6), layout="constrained")
         axes = figure.subplots(2, sharex=True)
         rows = []
         for folder, (nets, args) in zip(runs, loaded):
             torch.manual_seed(0)
-            generator = torch.Generator(device).manual_seed(0)
+            generator = torch.Generator().manual_seed(0)
             batch = dataset.sample(samples, args.horizon, args.discount, generator)
             positions = batch.observations[:, :2].numpy()  # x and y come first
             away = np.array([distances[env.unwrapped.xy_to_ij(xy)] for xy in positions])

@@ -1,8 +1,8 @@
 """Bandits in the plane: what backpropagation, FQL and Q-Flow make of the same behaviour flow.
 
-    python results/toy.py train                                       # everything
-    python results/toy.py train --datasets moons --seeds 0 1          # a part of it
-    python results/toy.py draw
+    python results/toy/toy.py train                                       # everything
+    python results/toy/toy.py train --datasets moons --seeds 0 1          # a part of it
+    python results/toy/toy.py draw
 
 The one-step problems of Q-Flow's paper: there is no state, an action is a point in the plane, and
 the reward is a function of that point. `train` first clones the behaviour: the flow imitates the
@@ -11,7 +11,7 @@ flow and FQL's one-step policy is distilled from it. Each method goes on from co
 networks with the total_loss of its file (bptt.py for backpropagation), once for each strength. One
 more copy goes on for as many updates without guidance: the behaviour that the methods are compared
 with. Nothing that is in OUT/runs is trained again. `draw` turns it into table.csv, training.png,
-paths.png and a NAME.png for each dataset.
+paths.png, three-methods.png and a NAME.png for each dataset.
 
 The paper's points lie in [-4, 4] and its noise is N(0, I). The methods clip actions to [-1, 1], so
 an action is a point / 4 here, noise is N(0, I) / 4, and the reward is that of 4 * action. A
@@ -37,10 +37,12 @@ import torch
 import tyro
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from scipy.spatial import cKDTree
 from tqdm import trange
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
+RESULTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(RESULTS.parent), str(RESULTS / "bptt")]
 import bptt  # noqa: E402
 
 import common  # noqa: E402
@@ -119,7 +121,7 @@ def reward(name, points):
 
 
 def is_off_data(samples, points):
-    """Whether a sample is farther from the data than 99 % of the points are from the others.
+    """Whether a sample is farther from the data than 99% of the points are from the others.
 
     Distances are those to the nearest point of the data. (m, 2), (n, 2) -> (m,), bool.
     """
@@ -160,36 +162,36 @@ def make_networks(seed):
     return nets
 
 
-def imitation_loss(nets, batch, draws, args):
+def imitation_loss(nets, batch, noise, args):
     """The critic's regression on the reward, and flow matching."""
-    loss_q, metrics_q = fql.critic_loss(nets, batch, batch.rewards)
-    loss_v, metrics_v = fql.flow_loss(nets, batch, draws.value_x0, draws.value_t)
-    return loss_q + loss_v, metrics_q | metrics_v
+    q_loss, q_metrics = fql.critic_loss(nets, batch, batch.rewards)
+    bc_loss, bc_metrics = fql.flow_loss(nets, batch, noise.value_x0, noise.value_t)
+    return q_loss + bc_loss, q_metrics | bc_metrics
 
 
-def cloning_loss(nets, batch, draws, args):
+def cloning_loss(nets, batch, noise, args):
     """All networks without guidance: Q-Flow's losses, with args.lam infinite, and distillation."""
-    loss, metrics = qflow.total_loss(nets, batch, draws, args)
-    _, metrics_pi = fql.policy_loss(nets, batch, draws.next_x0, fql.Args(**SETTINGS))
-    return loss + metrics_pi["distill_loss"], metrics
+    loss, metrics = qflow.total_loss(nets, batch, noise, args)
+    _, pi_metrics = fql.policy_loss(nets, batch, noise.next_x0, fql.Args(**SETTINGS))
+    return loss + pi_metrics["distill_loss"], metrics
 
 
-def scale_noise(draws):
+def scale_noise(noise):
     """Noise in units of actions, so that the flow starts from where the paper's does."""
-    scaled = [x / SCALE if x.shape[1] == 2 else x for x in draws]  # times have one column
-    return type(draws)(*scaled)
+    scaled = [x / SCALE if x.shape[1] == 2 else x for x in noise]  # times have one column
+    return type(noise)(*scaled)
 
 
-def fit(nets, loss, draws_of, args, num_updates, problem, policy):
+def fit(nets, loss, method, args, num_updates, problem, policy):
     """Train nets in place; returns the mean reward of `policy` at 21 times, from start to end.
 
-    loss, args: as in the `update` of the methods; draws_of: the method whose draws the loss takes;
+    loss, args: as in the `update` of the methods; method: the one whose noise the loss takes;
     policy: the method whose policy is evaluated. The learning rate is args.lr, but in the last
     fifth of the updates it falls to 0.
     """
     actions = torch.as_tensor(problem.points / SCALE, dtype=torch.float32)
     rewards = torch.as_tensor(reward(problem.name, problem.points), dtype=torch.float32)
-    optimizer = draws_of.make_optimizer(nets, args)
+    optimizer = method.make_optimizer(nets, args)
     generator = torch.Generator().manual_seed(problem.seed)
     no_state = torch.zeros(args.batch_size, 0)
     ones = torch.ones(args.batch_size)
@@ -209,10 +211,10 @@ def fit(nets, loss, draws_of, args, num_updates, problem, policy):
             next_observations=no_state,
             valid=ones[:, None],
         )
-        draws = scale_noise(draws_of.draw(batch.actions, generator))
+        noise = scale_noise(method.sample_noise(batch.actions, generator))
         remaining = 1 - step / num_updates
         optimizer.param_groups[0]["lr"] = args.lr * min(1, 5 * remaining)
-        draws_of.update(nets, optimizer, batch, draws, args, loss)
+        method.update(nets, optimizer, batch, noise, args, loss)
 
 
 @torch.no_grad()
@@ -306,7 +308,6 @@ def train(
             )
     write_config(out, settings)
     torch.set_num_threads(1)
-    qflow.set_matmul_precision("auto", torch.device("cpu"))
     for name in datasets:
         for seed in seeds:
             problem = make_problem(name, seed)
@@ -427,7 +428,7 @@ def describe(row):
     if row["seeds"] > 1:
         numbers += f" ± {row['reward_std']:.2f}"
         share += f" ± {100 * row['off_data_std']:.1f}"
-    return f"{numbers}\noff the data {share} %"
+    return f"{numbers}\noff the data {share}%"
 
 
 def make_axes(figure, num_rows, num_columns):
@@ -500,6 +501,31 @@ def draw_paths(name, folder, path):
     figure.savefig(path)
 
 
+def draw_three_methods(name, folder, rows, path):
+    """The three methods at strength 1, to be understood without a caption."""
+    found = {(row["policy"], row["strength"]): row for row in rows}
+    points = make_problem(name, seed_of(folder)).points
+    figure = Figure(figsize=(12, 5.6), dpi=100, layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.12, w_pad=0.08)
+    title = "Backpropagation, FQL and Q-Flow improve the same flow at guidance strength s = 1"
+    figure.suptitle(f"{title}\n(actions are clipped at the frame)")
+    for axes, method in zip(make_axes(figure, 1, 3).flat, METHODS):
+        axes.set_title(method)
+        if (folder / f"{method}-1.npz").exists():
+            row = found[method, "1"]
+            show_samples(axes, np.load(folder / f"{method}-1.npz")["samples"], points, row)
+            axes.set_title(f"{method}: {100 * row['off_data']:.0f}% off the data")
+            axes.set_xlabel(f"mean reward {row['reward']:.2f}")
+    labels = {
+        "0.75": "data (reward grows with the radius)",
+        "tab:blue": "sample on the data",
+        "tab:red": "sample off the data",
+    }
+    dots = [Line2D([], [], color=color, marker="o", linestyle="") for color in labels]
+    figure.legend(dots, labels.values(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path)
+
+
 def draw_training(out):
     """Mean reward during the last phase, of every seed."""
     figure = Figure(figsize=(16, 4), dpi=100, layout="constrained")
@@ -538,6 +564,7 @@ def draw(out: Path = OUT):
         draw_dataset(name, folders[0], own_rows, out / f"{name}.png")
         if name == "swiss-roll":
             draw_paths(name, folders[0], out / "paths.png")
+            draw_three_methods(name, folders[0], own_rows, out / "three-methods.png")
         rows += own_rows
     if not rows:
         raise common.UserError(f"{out / 'runs'}: nothing is trained yet")

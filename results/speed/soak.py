@@ -1,6 +1,6 @@
 """Memory and open files of a long run, every ten seconds; Linux only.
 
-    python results/soak.py qflow.py --hidden 8 8 --offline-steps 100000 --eval-interval 5000 \
+    python results/speed/soak.py qflow.py --hidden 8 8 --offline-steps 100000 --eval-interval 5000 \
         --eval-episodes 2 --log-interval 100 --batch-size 16
 
 Counts the script's own process, not those of the environments.
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 script, *flags = sys.argv[1:]
-root = Path(__file__).parent.parent
+root = Path(__file__).resolve().parents[2]
 process = subprocess.Popen(
     [sys.executable, root / script, *flags], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
 )

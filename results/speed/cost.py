@@ -1,6 +1,6 @@
 """What an environment costs: dataset memory per million transitions, time of an evaluation.
 
-    python results/cost.py
+    python results/speed/cost.py
 
 Times 200 steps of 25 environments under an untrained 4 x 512 Q-Flow policy (K = 10), and scales
 that to 50 episodes of full length: an evaluation in which nothing succeeds. And loads a file of
@@ -16,7 +16,7 @@ import gymnasium
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import qflow  # noqa: E402
 

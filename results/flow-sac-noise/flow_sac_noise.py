@@ -1,6 +1,6 @@
 """Returns of a SAC Flow run's policy with noise, without, and without noise and drift.
 
-python results/flow_sac_noise.py runs/Pendulum-v1__flow_sac__0__... --episodes 50
+python results/flow-sac-noise/flow_sac_noise.py runs/RUN --episodes 50
 """
 
 import sys
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import flow_sac  # noqa: E402
 
 
@@ -18,10 +18,10 @@ def main(folder: tyro.conf.Positional[Path], episodes: int = 50):
     """folder: a run of flow_sac.py; episodes: for each of the three."""
     torch.set_num_threads(1)
     nets, args = flow_sac.load(folder)
-    env = flow_sac.SeededReset(flow_sac.make_env(args.env))
+    env = flow_sac.SeededEnv(flow_sac.make_env(args))
 
     def as_trained(obs, x0, eps):
-        actions, _ = flow_sac.explore(nets.policy, obs, x0, eps)
+        actions, _ = flow_sac.sample_with_log_prob(nets.policy, obs, x0, eps)
         return actions
 
     def as_evaluated(obs, x0, eps):

@@ -1,0 +1,360 @@
+"""Environments of one's own, the processes they run in, and the device."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from unittest.mock import Mock
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.spaces import Box, Discrete
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+import common
+import flow_sac
+import qflow
+
+ROOT = Path(__file__).parent.parent
+
+
+class Own(gymnasium.Env):
+    """Five steps, each with reward 1; what is unusual comes from subclasses and from arguments."""
+
+    observation_space = Box(-1, 1, (3,), np.float32)
+    action_space = Box(-1, 1, (2,), np.float32)
+    time_limit = 5
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+        self.rng = np.random.default_rng()  # a random state of its own, which no seed resets
+        self.buffer = np.zeros(3, np.float32)
+
+    def reward(self):
+        return 1.0
+
+    def observe(self):
+        return np.full(3, self.steps, np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.steps += 1
+        return self.observe(), self.reward(), False, self.steps == self.time_limit, {}
+
+
+class RewardInAnArray(Own):
+    def reward(self):
+        return np.array([1.0], np.float32)
+
+
+class TwoRewards(Own):
+    def reward(self):
+        return np.ones(2)
+
+
+class ReusedBuffer(Own):
+    def observe(self):
+        self.buffer[:] = self.steps
+        return self.buffer
+
+
+class OwnRandomState(Own):
+    def observe(self):
+        return self.rng.uniform(-1, 1, 3).astype(np.float32)
+
+
+class GlobalRandomState(Own):
+    def observe(self):
+        return np.array([np.random.rand(), random.random(), 0], np.float32)
+
+
+class NotFinite(Own):
+    def observe(self):
+        return np.array([0, np.nan if self.steps else 0, 0], np.float32)
+
+
+class OtherShape(Own):
+    def observe(self):
+        return np.zeros((1, 3) if self.steps else 3, np.float32)
+
+
+def check(make_env):
+    """common.check_envs as `train` calls it."""
+    envs = Mock(metadata=dict(autoreset_mode=AutoresetMode.SAME_STEP))
+    common.check_envs(qflow.SeededEnv(make_env()), envs)
+
+
+@pytest.fixture
+def make_envs():
+    """make_envs of the scripts; the environments are closed after the test."""
+    made = []
+
+    def make(make_env, num_envs):
+        made.append(qflow.make_envs(make_env, num_envs))
+        return made[-1]
+
+    yield make
+    for envs in made:
+        envs.close()
+
+
+# ----------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "make_env, words",
+    [
+        (TwoRewards, "a step in the environment failed"),
+        (NotFinite, "a step in the environment failed: .*not finite"),
+        (OtherShape, "a step in the environment failed: .*shape"),
+        (lambda: Own(time_limit=None), "no end after 10,000 steps.*TimeLimit"),
+        (lambda: Own(action_space=Discrete(4)), "the action space is Discrete.*must be a Box"),
+        (
+            lambda: Own(action_space=Box(-1, 1, (2,), np.int64)),
+            "the action space is .*floating point from -1 to 1: see .*RescaleAction",
+        ),
+        (lambda: Own(action_space=Box(0, 1, (2,), np.float32)), "from -1 to 1: see .*RescaleActio"),
+        (lambda: Own(action_space=Box(1, 1, (2,), np.float32)), "from -1 to 1: see .*RescaleActio"),
+        (lambda: Own(action_space=Box(-1, 1, (2, 1), np.float32)), "a Box of one dimension"),
+        (lambda: Own(observation_space=Box(-1, 1, (3, 1), np.float32)), "the observation space is"),
+        (lambda: Own(observation_space=Discrete(3)), "the observation space is Discrete"),
+    ],
+)
+def test_an_environment_that_cannot_be_trained_in_is_one_line(make_env, words):
+    with pytest.raises(common.UserError, match=words) as error:
+        check(make_env)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("make_env", [Own, RewardInAnArray, ReusedBuffer, OwnRandomState])
+def test_an_environment_that_ends_by_itself_or_has_a_wrapper_for_it(make_env):
+    check(make_env)
+    check(lambda: gymnasium.wrappers.TimeLimit(make_env(time_limit=None), 7))
+
+
+def test_the_autoreset_mode_is_checked():
+    for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED):
+        envs = SyncVectorEnv([Own] * 2, autoreset_mode=mode)
+        with pytest.raises(common.UserError, match="autoreset_mode must be SAME_STEP"):
+            common.check_envs(qflow.SeededEnv(Own()), envs)
+    envs = SyncVectorEnv([Own] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
+    common.check_envs(qflow.SeededEnv(Own()), envs)
+
+
+def test_train_checks_the_environment_first(make_envs):
+    run = Mock()
+    for script in (qflow, flow_sac):
+        with pytest.raises(common.UserError, match="the action space is Discrete"):
+            env = Own(action_space=Discrete(4))
+            script.train(script.Args(), None, env, make_envs(Own, 1), run)
+    assert run.mock_calls == []
+
+
+@pytest.mark.parametrize("low, high", [(0, 0), (-np.inf, np.inf), (0, np.inf)])
+def test_flow_sac_refuses_actions_that_cannot_be_rescaled(monkeypatch, low, high):
+    env = Own(action_space=Box(low, high, (2,), np.float32))
+    monkeypatch.setattr(gymnasium, "make", Mock(return_value=env))
+    args = flow_sac.Args(env="Own-v0")
+    with pytest.raises(common.UserError, match="--env Own-v0: requires bounded actions"):
+        flow_sac.make_env(args)
+    env.action_space = Box(-3, 5, (2,), np.float32)
+    rescaled = flow_sac.make_env(args)
+    rescaled.reset()
+    rescaled.step(np.ones(2, np.float32))
+    assert rescaled.action_space == Box(-1, 1, (2,), np.float32)
+
+
+# -------------------------------------------------------------------------------- what works
+
+
+@pytest.mark.parametrize("make_env", [Own, RewardInAnArray, ReusedBuffer])
+def test_rewards_are_numbers_and_observations_copies(make_env, make_envs):
+    env = qflow.SeededEnv(make_env())
+    observations = [env.reset(seed=0)[0]]
+    for _ in range(4):
+        obs, reward, terminated, truncated, _ = env.step(np.zeros(2, np.float32))
+        observations.append(obs)
+        assert type(reward) is float and reward == 1
+        assert terminated is False and truncated is False
+    assert np.array_equal(observations, np.arange(5)[:, None].repeat(3, 1))
+
+    def policy(obs):
+        return np.zeros((len(obs), 1, 2), np.float32)
+
+    results = qflow.evaluate(policy, make_envs(make_env, 2), num_episodes=3, seed=0)
+    assert results["return"].tolist() == results["length"].tolist() == [5, 5, 5]
+    assert np.isnan(results["success"]).all()
+
+
+def test_parallel_copies_with_a_random_state_of_their_own_are_different(make_envs):
+    obs, _ = make_envs(OwnRandomState, 5).reset(seed=list(range(5)))
+    assert len(set(obs[:, 0])) == 5
+
+
+def test_global_random_numbers_follow_from_the_seed(make_envs):
+    def observe(inherited_seed):
+        np.random.seed(inherited_seed)  # what the processes inherit
+        random.seed(inherited_seed)
+        envs = make_envs(GlobalRandomState, 2)
+        observations = [envs.reset(seed=[5, 6])[0].copy()]
+        for _ in range(12):  # resets twice
+            observations.append(envs.step(np.zeros((2, 2), np.float32))[0].copy())
+        return np.array(observations)
+
+    first = observe(0)
+    assert np.array_equal(first, observe(1))
+    assert len(np.unique(first[..., 0])) == len(np.unique(first[..., 1])) == 26
+
+
+@pytest.mark.parametrize("maze", ["medium", "teleport"])  # a teleport draws its exit in step()
+def test_episodes_of_ogbench_follow_from_the_seed_alone(maze):
+    env_id = f"pointmaze-{maze}-singletask-task4-v0"
+    actions = np.random.default_rng(0).uniform(-0.3, 0.3, (600, 2, 2))
+    actions[..., 1] -= 0.7  # towards a teleport
+
+    def observe(inherited_seed):
+        np.random.seed(inherited_seed)  # what the workers inherit
+        envs = qflow.make_envs(lambda: gymnasium.make(env_id, max_episode_steps=250), 2)
+        observations = [envs.reset(seed=[5, 6])[0].copy()]
+        for action in actions:
+            observations.append(envs.step(action)[0].copy())
+        envs.close()
+        return np.array(observations)
+
+    first, again = observe(0), observe(1)
+    assert np.array_equal(first, again)
+    starts = first[[0, 250, 500]].reshape(6, 2)
+    assert len(np.unique(starts, axis=0)) == 6
+    if maze == "teleport":
+        assert np.abs(np.diff(first, axis=0)).max(2)[:249].max() > 3  # somebody was teleported
+
+
+# ---------------------------------------------------------------------------------- processes
+
+
+@pytest.fixture
+def signals_of_a_script():
+    """The handlers that a script has when it makes its environments."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, signal.default_int_handler)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals_of_a_script")
+def test_processes_ignore_ctrl_c_and_die_of_a_cluster_signal(make_envs):
+    envs = make_envs(Own, 2)
+    envs.reset(seed=[0, 1])
+    for process in envs.processes:
+        os.kill(process.pid, signal.SIGINT)
+        process.join(0.3)
+        assert process.is_alive()
+    obs, *_ = envs.step(np.zeros((2, 2), np.float32))
+    assert obs.tolist() == [[1, 1, 1]] * 2
+    for process in envs.processes:
+        process.terminate()
+        process.join(10)
+        assert process.exitcode == -signal.SIGTERM
+
+
+def test_closing_does_not_wait_for_an_answer(make_envs):
+    class Slow(Own):
+        def step(self, action):
+            time.sleep(60)
+
+    envs = make_envs(Slow, 2)
+    envs.reset(seed=[0, 1])
+    envs.step_async(np.zeros((2, 2), np.float32))
+    start = time.monotonic()
+    envs.close()
+    assert time.monotonic() - start < 10
+    for process in envs.processes:
+        process.join(10)
+        assert not process.is_alive()
+
+
+PROGRAM = """
+import gymnasium, numpy, qflow
+def make_env():
+    return gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1.0, 1.0)
+if __name__ == "__main__":
+    envs = qflow.make_envs(make_env, 2)
+    envs.reset(seed=[0, 1])
+    print("ready", flush=True)
+"""
+
+
+def start_program(end):
+    """A process that makes environments and then does this."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM + "    " + end],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_program_that_fails_ends_at_once_with_its_own_traceback():
+    with start_program("raise ValueError('a mistake in my own code')") as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and out == "ready\n"
+    assert err.count("Traceback") == 1 and err.endswith("ValueError: a mistake in my own code\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "end", ["while True: envs.step(numpy.zeros((2, 1), 'f'))", "import time; time.sleep(99)"]
+)
+def test_the_processes_of_a_killed_program_end_in_silence(end):
+    with start_program(end) as process:
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.5)
+        process.kill()
+        out, err = process.communicate(timeout=60)  # returns when the last process has ended
+    assert process.returncode == -signal.SIGKILL and out == err == ""
+
+
+# ------------------------------------------------------------------------------------- device
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert qflow.choose_device("auto") == qflow.choose_device("cpu") == torch.device("cpu")
+    for name in ("", "gpu", "cuda:x"):
+        with pytest.raises(common.UserError, match=f"--device {name}: cannot be used: ") as error:
+            qflow.choose_device(name)
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda n, device: ones(n))  # a GPU that works
+    for name, device in (("auto", "cuda"), ("cuda", "cuda"), ("cuda:1", "cuda:1")):
+        assert qflow.choose_device(name) == torch.device(device)
+    assert qflow.choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("error_type", [RuntimeError, AssertionError])
+def test_a_gpu_that_is_counted_and_cannot_be_used(monkeypatch, capsys, error_type):
+    reason = "The NVIDIA driver on your system is too old (found version 12040)."
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch, "ones", Mock(side_effect=error_type(f"{reason}\nPlease update")))
+    assert qflow.choose_device("auto") == torch.device("cpu")
+    says = f"the GPU cannot be used, so this runs on the CPU: {reason}\n"
+    assert capsys.readouterr().out == says
+    for name in ("cuda", "cuda:0"):
+        with pytest.raises(common.UserError, match="driver on your system is too old") as error:
+            qflow.choose_device(name)
+        assert str(error.value) == f"--device {name}: cannot be used: {reason}"
