@@ -1104,8 +1104,8 @@ if __name__ == "__main__":
     try:
         main()
     except (common.UserError, MemoryError, RuntimeError) as error:
-        is_bug = isinstance(error, RuntimeError) and "allocate" not in str(error)
-        if is_bug:  # not a lack of memory, for which torch raises a RuntimeError
+        lacks_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not lacks_memory:
             raise
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
