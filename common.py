@@ -37,7 +37,7 @@ MIRROR = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/ma
 
 
 class UserError(Exception):
-    """An error the user can fix; the scripts show it as one line, without a traceback."""
+    """An error the user can fix; the scripts show its message without a traceback."""
 
 
 # ---------------------------------------------------------------------------------------- names
@@ -205,7 +205,7 @@ class Dataset:
         """Add the next step of the last episode or, if that one is done, the first of a new one.
 
         It can be sampled from then on. In an episode that goes on, `observation` is the last
-        `next_observation`. mask: as above, so 1 if the episode is done only because time is up.
+        `next_observation`. mask: 0 if the environment terminated, 1 if only its time is up.
         Raises ValueError when there is no room.
         """
         if self.num_transitions == len(self.rows):

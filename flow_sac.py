@@ -612,7 +612,7 @@ def update_critic(nets, optimizers, batch, noise, args, loss_fn=critic_loss):
     optimizers.critic.zero_grad()
     loss.backward()
     if args.critic == "sac":
-        with torch.no_grad():  # before Adam, as the authors do: with the critic of before
+        with torch.no_grad():  # before Adam's step: from the old critic, as the authors do
             critics = zip(nets.target_critic.parameters(), nets.critic.parameters())
             for target_param, param in critics:
                 target_param.mul_(1 - args.tau).add_(param, alpha=args.tau)
@@ -931,8 +931,8 @@ def main():
     env = make_env(args)
     start_env = partial(make_env, args)
     if common.is_dataset(args.env):
-        # OGBench's draw random numbers from what SeededEnv seeds only. So their processes share one
-        # by forking, before CUDA and the dataset: a copy of a cube takes 450 MB and two seconds.
+        # OGBench's environments draw from generators that SeededEnv seeds only, so the processes
+        # can share one by forking, before CUDA starts: each copy of a cube would take 450 MB.
         env.close = lambda: None  # gymnasium closes it after a look at its spaces
         start_env = lambda: env
     with closing(make_envs(start_env, min(args.eval_episodes, 25))) as envs:
@@ -1056,13 +1056,8 @@ def parse_args():
     """The command line as Args. Raises UserError.
 
     A flag that is not given has the value of the run to resume, else that of SETTINGS for --env,
-    else the default in Args.
+    else the default in Args; --help shows these values.
     """
-    description = __doc__ + "\nDefaults by environment, shown in full by --env NAME --help:\n\n"
-    for names, settings in SETTINGS.items():
-        values = ", ".join(f"{name}={value}" for name, value in settings.items())
-        description += f"    {names}: {values}\n"
-
     # A first pass for --env and --resume, which choose the defaults of the second.
     words = common.command_line()
     given, _ = tyro.cli(Args, args=words, return_unknown_args=True, add_help=False)
@@ -1075,7 +1070,7 @@ def parse_args():
     if given.resume or common.has_checkpoint(given.start_or_resume):
         saved = saved_args(given.resume or given.start_or_resume)
         default = replace(saved, resume="", start_or_resume="")
-    args = tyro.cli(Args, args=words, default=default, description=description)
+    args = tyro.cli(Args, args=words, default=default, description=__doc__)
     check_args(args)
     return args
 
@@ -1097,9 +1092,7 @@ def choose_device(name):
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings(
-        "ignore", module="glfw|gymnasium"
-    )  # about a missing display and float64 action spaces
+    warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, float64 actions
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's signal: like Ctrl-C
     try:
         main()

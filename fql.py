@@ -26,8 +26,11 @@ Park, Li, Levine: Flow Q-Learning, ICML 2025, https://arxiv.org/abs/2502.02538
     python fql.py --env antmaze-giant-navigate-v0     # with the paper's settings
     python fql.py --resume RUN --online-steps 200000  # a finished run, now online
 
-Q-Flow's advanced setting: --num-critics 10 --q-agg mean --rho 0.5 (humanoidmaze: 0); for cube,
-scene and puzzle --horizon 5; for scene and puzzle --sparse. The alphas below are not tuned for it.
+Q-Flow's second table uses --num-critics 10 --q-agg mean --rho 0.5 (humanoidmaze: 0); for cube,
+scene and puzzle --horizon 5; for scene and puzzle --sparse. There, QAM's authors use other alphas:
+antmaze 3, humanoidmaze 30, cube-double 300, cube-triple 30, cube-quadruple 100, scene 300,
+puzzle-3x3 300, puzzle-4x4 1. With --online-steps, FQL's authors use alpha 100 for
+humanoidmaze-medium and 30 for antsoccer-arena.
 """
 
 import copy
@@ -88,9 +91,9 @@ class Args:
     flow_steps: int = 10
     """K, number of Euler steps from noise to action"""
     q_agg: Literal["mean", "min"] = "mean"
-    """how the critics' ensemble is aggregated in the targets (and V's, where it is trained)"""
+    """how the critics' ensemble is aggregated in the targets, and Q-Flow's value in its loss"""
     num_critics: int = 2
-    """size of the critics' ensemble, and of that of Q-Flow's value"""
+    """size of the ensemble of critics, and of Q-Flow's values"""
     rho: float = 0.0
     """pessimism: the targets are mean - rho * std of the target critics; needs --q-agg mean"""
     horizon: int = 1
@@ -368,7 +371,7 @@ def update(nets, optimizer, batch, noise, args, loss_fn=total_loss):
     loss, metrics = loss_fn(nets, batch, noise, args)
     optimizer.zero_grad()
     loss.backward()
-    with torch.no_grad():  # before Adam, as the authors do: with the critic of before
+    with torch.no_grad():  # before Adam's step: from the old critic, as the authors do
         critics = zip(nets.target_critic.parameters(), nets.critic.parameters())
         for target_param, param in critics:
             target_param.mul_(1 - args.tau).add_(param, alpha=args.tau)
@@ -574,8 +577,8 @@ def main():
     env = make_env(args)
     start_env = partial(make_env, args)
     if common.is_dataset(args.env):
-        # OGBench's draw random numbers from what SeededEnv seeds only. So their processes share one
-        # by forking, before CUDA and the dataset: a copy of a cube takes 450 MB and two seconds.
+        # OGBench's environments draw from generators that SeededEnv seeds only, so the processes
+        # can share one by forking, before CUDA starts: each copy of a cube would take 450 MB.
         env.close = lambda: None  # gymnasium closes it after a look at its spaces
         start_env = lambda: env
     with closing(make_envs(start_env, min(args.eval_episodes, 25))) as envs:
@@ -701,13 +704,8 @@ def parse_args():
     """The command line as Args. Raises UserError.
 
     A flag that is not given has the value of the run to resume, else that of SETTINGS for --env,
-    else the default in Args.
+    else the default in Args; --help shows these values.
     """
-    description = __doc__ + "\nDefaults by environment, shown in full by --env NAME --help:\n\n"
-    for names, settings in SETTINGS.items():
-        values = ", ".join(f"{name}={value}" for name, value in settings.items())
-        description += f"    {names}: {values}\n"
-
     # A first pass for --env and --resume, which choose the defaults of the second.
     words = common.command_line()
     given, _ = tyro.cli(Args, args=words, return_unknown_args=True, add_help=False)
@@ -720,7 +718,7 @@ def parse_args():
     if given.resume or common.has_checkpoint(given.start_or_resume):
         saved = saved_args(given.resume or given.start_or_resume)
         default = replace(saved, resume="", start_or_resume="")
-    args = tyro.cli(Args, args=words, default=default, description=description)
+    args = tyro.cli(Args, args=words, default=default, description=__doc__)
     check_args(args)
     return args
 
@@ -742,9 +740,7 @@ def choose_device(name):
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings(
-        "ignore", module="glfw|gymnasium"
-    )  # about a missing display and float64 action spaces
+    warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, float64 actions
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's signal: like Ctrl-C
     try:
         main()

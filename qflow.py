@@ -27,7 +27,7 @@ Policy, ICML 2026, https://arxiv.org/abs/2605.13435
     python qflow.py --env antmaze-giant-navigate-v0     # with the paper's settings
     python qflow.py --resume RUN --online-steps 200000  # a finished run, now online
 
-The paper's advanced setting: --num-critics 10 --q-agg mean --rho 0.5 (humanoidmaze: 0); for cube,
+The paper's second table uses --num-critics 10 --q-agg mean --rho 0.5 (humanoidmaze: 0); for cube,
 scene and puzzle --horizon 5; for scene and puzzle --sparse. Its lambda was not published.
 """
 
@@ -89,9 +89,9 @@ class Args:
     flow_steps: int = 10
     """K, number of Euler steps from noise to action"""
     q_agg: Literal["mean", "min"] = "mean"
-    """how the critics' ensemble is aggregated in the targets (and V's, where it is trained)"""
+    """how the critics' ensemble is aggregated in the targets, and Q-Flow's value in its loss"""
     num_critics: int = 2
-    """size of the critics' ensemble, and of that of Q-Flow's value"""
+    """size of the ensemble of critics, and of Q-Flow's values"""
     rho: float = 0.0
     """pessimism: the targets are mean - rho * std of the target critics; needs --q-agg mean"""
     horizon: int = 1
@@ -99,7 +99,7 @@ class Args:
     lam: float = 1.0
     """lambda, strength of the regularisation towards the data: grad V has weight 1 / lambda"""
     time_dim: int = 64
-    """size of the value's Fourier embedding of flow time"""
+    """size of the value's Fourier embedding of flow time; 16 in the authors' newest code"""
     eval_interval: int = 100_000
     """updates between evaluations (the last update of a phase is always evaluated)"""
     eval_episodes: int = 50
@@ -124,7 +124,6 @@ class Args:
 SETTINGS = {
     "pointmaze": dict(
         lam=4.0,
-        time_dim=64,
         q_agg="min",
         discount=0.998,
         horizon=5,
@@ -136,16 +135,16 @@ SETTINGS = {
         tau=0.02,
         hidden=(128, 128, 128),
     ),
-    "antmaze-large-navigate": dict(lam=0.2, time_dim=64, q_agg="mean", discount=0.99),
-    "antmaze-giant-navigate": dict(lam=0.2, time_dim=64, q_agg="min", discount=0.995),
-    "antsoccer-arena-navigate": dict(lam=0.5, time_dim=64, q_agg="mean", discount=0.995),
-    "humanoidmaze-medium-navigate": dict(lam=1.0, time_dim=64, q_agg="mean", discount=0.995),
-    "humanoidmaze-large-navigate": dict(lam=1.0, time_dim=64, q_agg="mean", discount=0.995),
-    "cube-single-play": dict(lam=5.0, time_dim=64, q_agg="mean", discount=0.99),
+    "antmaze-large-navigate": dict(lam=0.2, q_agg="mean", discount=0.99),
+    "antmaze-giant-navigate": dict(lam=0.2, q_agg="min", discount=0.995),
+    "antsoccer-arena-navigate": dict(lam=0.5, q_agg="mean", discount=0.995),
+    "humanoidmaze-medium-navigate": dict(lam=1.0, q_agg="mean", discount=0.995),
+    "humanoidmaze-large-navigate": dict(lam=1.0, q_agg="mean", discount=0.995),
+    "cube-single-play": dict(lam=5.0, q_agg="mean", discount=0.99),
     "cube-double-play": dict(lam=2.0, time_dim=16, q_agg="mean", discount=0.99),
-    "scene-play": dict(lam=5.0, time_dim=64, q_agg="mean", discount=0.99),
-    "puzzle-3x3-play": dict(lam=20.0, time_dim=64, q_agg="min", discount=0.99),
-    "puzzle-4x4-play": dict(lam=20.0, time_dim=64, q_agg="min", discount=0.99),
+    "scene-play": dict(lam=5.0, q_agg="mean", discount=0.99),
+    "puzzle-3x3-play": dict(lam=20.0, q_agg="min", discount=0.99),
+    "puzzle-4x4-play": dict(lam=20.0, q_agg="min", discount=0.99),
 }
 
 
@@ -389,7 +388,7 @@ def update(nets, optimizer, batch, noise, args, loss_fn=total_loss):
     loss, metrics = loss_fn(nets, batch, noise, args)
     optimizer.zero_grad()
     loss.backward()
-    with torch.no_grad():  # before Adam, as the authors do: with the critic of before
+    with torch.no_grad():  # before Adam's step: from the old critic, as the authors do
         critics = zip(nets.target_critic.parameters(), nets.critic.parameters())
         for target_param, param in critics:
             target_param.mul_(1 - args.tau).add_(param, alpha=args.tau)
@@ -597,8 +596,8 @@ def main():
     env = make_env(args)
     start_env = partial(make_env, args)
     if common.is_dataset(args.env):
-        # OGBench's draw random numbers from what SeededEnv seeds only. So their processes share one
-        # by forking, before CUDA and the dataset: a copy of a cube takes 450 MB and two seconds.
+        # OGBench's environments draw from generators that SeededEnv seeds only, so the processes
+        # can share one by forking, before CUDA starts: each copy of a cube would take 450 MB.
         env.close = lambda: None  # gymnasium closes it after a look at its spaces
         start_env = lambda: env
     with closing(make_envs(start_env, min(args.eval_episodes, 25))) as envs:
@@ -724,13 +723,8 @@ def parse_args():
     """The command line as Args. Raises UserError.
 
     A flag that is not given has the value of the run to resume, else that of SETTINGS for --env,
-    else the default in Args.
+    else the default in Args; --help shows these values.
     """
-    description = __doc__ + "\nDefaults by environment, shown in full by --env NAME --help:\n\n"
-    for names, settings in SETTINGS.items():
-        values = ", ".join(f"{name}={value}" for name, value in settings.items())
-        description += f"    {names}: {values}\n"
-
     # A first pass for --env and --resume, which choose the defaults of the second.
     words = common.command_line()
     given, _ = tyro.cli(Args, args=words, return_unknown_args=True, add_help=False)
@@ -743,7 +737,7 @@ def parse_args():
     if given.resume or common.has_checkpoint(given.start_or_resume):
         saved = saved_args(given.resume or given.start_or_resume)
         default = replace(saved, resume="", start_or_resume="")
-    args = tyro.cli(Args, args=words, default=default, description=description)
+    args = tyro.cli(Args, args=words, default=default, description=__doc__)
     check_args(args)
     return args
 
@@ -765,9 +759,7 @@ def choose_device(name):
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings(
-        "ignore", module="glfw|gymnasium"
-    )  # about a missing display and float64 action spaces
+    warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, float64 actions
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's signal: like Ctrl-C
     try:
         main()
