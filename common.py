@@ -604,7 +604,7 @@ def check_compiler():
         raise UserError(f"--compile: torch cannot compile here; {hint}") from None
 
 
-def check_envs(env, envs):
+def check_envs(env, envs, dataset):
     """Raise UserError unless the environments have the form that training needs; tries a step.
 
     env: one environment, envs: a vector environment for evaluation.
@@ -618,6 +618,10 @@ def check_envs(env, envs):
     if space.dtype.kind != "f" or (space.low != -1).any() or (space.high != 1).any():
         hint = "must be floating point from -1 to 1: see gymnasium.wrappers.RescaleAction"
         raise UserError(f"the action space is {space}, {hint}")
+    found = (tuple(dataset.observations.shape[1:]), tuple(dataset.actions.shape[1:]))
+    expected = (env.observation_space.shape, env.action_space.shape)
+    if found != expected:
+        raise UserError(f"observation, action sizes: {found} in the data, {expected} in the env")
     has_limit = env.has_wrapper_attr("_max_episode_steps")
     env.reset(seed=0)
     try:

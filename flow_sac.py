@@ -734,7 +734,7 @@ def train(args, dataset, env, envs, run):
     dataset: common.Dataset, which may be empty; the online phase appends to it. env: one
     environment, a `SeededEnv`. envs: those of `make_envs`. run: common.Run.
     """
-    common.check_envs(env, envs)
+    common.check_envs(env, envs, dataset)
     device = dataset.actions.device
     torch.manual_seed(args.seed + 2**31)  # weights; not the seed of the noise
     generator = torch.Generator(device).manual_seed(args.seed)

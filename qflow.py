@@ -120,7 +120,8 @@ class Args:
     """high: TF32 on CUDA, float32 on CPUs; medium: faster on AMD CPUs without bfloat16 units"""
 
 
-# Defaults per environment: the paper's; for pointmaze our own, small enough for a laptop.
+# Defaults by the beginning of --env, the paper's; for pointmaze our own, small enough for a laptop.
+# All keys that match apply, later ones over earlier ones.
 SETTINGS = {
     "pointmaze": dict(
         lam=4.0,
@@ -467,7 +468,7 @@ def train(args, dataset, env, envs, run):
     dataset: common.Dataset; the online phase appends to it. env: one environment, a `SeededEnv`.
     envs: those of `make_envs`. run: common.Run.
     """
-    common.check_envs(env, envs)
+    common.check_envs(env, envs, dataset)
     device = dataset.actions.device
     torch.manual_seed(args.seed + 2**31)  # weights; not the seed of the noise
     generator = torch.Generator(device).manual_seed(args.seed)

@@ -5,6 +5,7 @@ python results/own_data.py
 
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import gymnasium
@@ -43,10 +44,12 @@ def main():
     )
     folder = f"runs/Pendulum-v1__qflow__0__{time.strftime('%Y%m%d-%H%M%S')}"
     with common.Run(folder, dict(script="qflow.py", args=vars(args))) as run:
+        print("writing to", run.folder)
         nets = qflow.train(args, dataset, qflow.SeededEnv(env), envs, run)
     envs.close()
     print("action", qflow.act(nets, obs[None], args)[0, 0])
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", module="gymnasium")  # float64 spaces
     main()

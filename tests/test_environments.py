@@ -88,10 +88,13 @@ class OtherShape(Own):
         return np.zeros((1, 3) if self.steps else 3, np.float32)
 
 
+DATASET = common.Dataset.empty(3, 2)  # sizes of an observation and of an action
+
+
 def check(make_env):
     """common.check_envs as `train` calls it."""
     envs = Mock(metadata=dict(autoreset_mode=AutoresetMode.SAME_STEP))
-    common.check_envs(qflow.SeededEnv(make_env()), envs)
+    common.check_envs(qflow.SeededEnv(make_env()), envs, DATASET)
 
 
 @pytest.fixture
@@ -128,6 +131,10 @@ def make_envs():
         (lambda: Own(action_space=Box(-1, 1, (2, 1), np.float32)), "a Box of one dimension"),
         (lambda: Own(observation_space=Box(-1, 1, (3, 1), np.float32)), "the observation space is"),
         (lambda: Own(observation_space=Discrete(3)), "the observation space is Discrete"),
+        (
+            lambda: Own(observation_space=Box(-1, 1, (4,), np.float32)),
+            r"sizes: \(\(3,\), \(2,\)\) in the data, \(\(4,\), \(2,\)\)",
+        ),
     ],
 )
 def test_an_environment_that_cannot_be_trained_in_is_one_line(make_env, words):
@@ -146,9 +153,9 @@ def test_the_autoreset_mode_is_checked():
     for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED):
         envs = SyncVectorEnv([Own] * 2, autoreset_mode=mode)
         with pytest.raises(common.UserError, match="autoreset_mode must be SAME_STEP"):
-            common.check_envs(qflow.SeededEnv(Own()), envs)
+            common.check_envs(qflow.SeededEnv(Own()), envs, DATASET)
     envs = SyncVectorEnv([Own] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
-    common.check_envs(qflow.SeededEnv(Own()), envs)
+    common.check_envs(qflow.SeededEnv(Own()), envs, DATASET)
 
 
 def test_train_checks_the_environment_first(make_envs):
