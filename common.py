@@ -299,11 +299,15 @@ def read_ogbench_file(path):
             given = {name: file[name] for name in ("rewards", "masks") if name in file}
             names = set(file)
             source = str(file["source"]) if "source" in file else None
+            if "actions" in file and file["actions"].dtype.kind != "f":
+                raise ValueError(f"actions are {file['actions'].dtype}, must be floating point")
         # OGBench computes rewards from the positions; what was collected online has its own.
         basis = {"qpos"} if "qpos" in names else {"rewards", "masks"}
         missing = ({"observations", "actions", "terminals"} | basis) - names
         if missing:
-            raise ValueError(f"has no {', '.join(sorted(missing))}")
+            raise ValueError(
+                f"has no {', '.join(sorted(missing))}, only {', '.join(sorted(names))}"
+            )
         data = ogbench.load_dataset(path, compact_dataset=True, add_info=True)
     except Exception as error:  # NumPy, zipfile and OGBench raise a dozen types
         raise UserError(f"{path}: not a usable dataset: {error}") from None
@@ -381,6 +385,9 @@ def get_dataset(name, env_id, source="", device="cpu", sparse=False):
         hosts = (ogbench.utils.DATASET_URL, MIRROR)
         make_once(path, lambda: download([f"{host}/{name}.npz" for host in hosts], path))
     dataset, origin = load_dataset(path, env_id, device, sparse)
+    downloaded_from = path.with_suffix(".source")
+    if os.path.exists(downloaded_from):
+        origin = f"from {downloaded_from.read_text()}"
     counts = f"{len(dataset)} transitions, {dataset.num_episodes} episodes"
     return dataset, f"{counts}, {origin or 'no source stated, as in OGBench files'}"
 
@@ -451,6 +458,7 @@ def download(urls, path):
                         bar.update(file.write(block))
             if is_complete(temporary):
                 os.replace(temporary, path)
+                write_file(path.with_suffix(".source"), url.encode())
                 return
             failures.append(f"{url}: not an npz file")
         except (requests.RequestException, ValueError) as error:  # ValueError: a wrong length

@@ -400,7 +400,9 @@ def as_words(array):
 @pytest.mark.parametrize(
     "name, change, words",
     [
-        ("actions", None, "has no actions"),
+        ("actions", None, "has no actions, only "),
+        ("terminals", None, "has no terminals, only actions, observations"),
+        ("actions", lambda a: (100 * a).astype(np.int64), "actions are int64, must be floating"),
         ("qpos", None, "has no masks, rewards"),
         ("actions", lambda a: a[:-5], "actions has the wrong length"),
         ("qpos", lambda a: a[:-5], "qpos has the wrong length"),
@@ -858,6 +860,17 @@ def test_start_run_resume_and_start_or_resume(tmp_path, monkeypatch, capsys):
         assert run.restore(NETS)["step"] == 1
         assert common.read_columns(run.folder / "eval.csv")["step"].tolist() == [1]
     assert len(list(Path("sweep").iterdir())) == 1
+
+
+@pytest.mark.parametrize("quota, warns", [("max 100000", False), ("100000 100000", True)])
+def test_a_container_with_few_cores_is_told_what_to_set(
+    monkeypatch, tmp_path, capsys, quota, warns
+):
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    monkeypatch.setattr(common, "Path", lambda name: tmp_path / "cpu.max")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    common.warn_of_cpu_quota()
+    assert ("set OMP_NUM_THREADS=1" in capsys.readouterr().out) == warns
 
 
 def test_weights_of_other_networks_are_refused():

@@ -14,7 +14,7 @@ import common
 
 NAME = "pointmaze-medium-stitch-v0"  # not one that is collected
 _, _, ENV_ID = common.resolve_task(NAME)
-DESCRIPTION = "1000 transitions, 1 episodes, no source stated, as in OGBench files"
+DESCRIPTION = "1000 transitions, 1 episodes, from"  # and the URL
 BLOCK = 2**16
 
 
@@ -108,8 +108,9 @@ def path(tmp_path, monkeypatch):
 
 
 def visible_files(folder):
-    """All files below a folder but the locks."""
-    return [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    """All files below a folder but the locks and the notes on sources."""
+    hidden = (".lock", ".source")
+    return [path for path in folder.rglob("*") if path.is_file() and path.suffix not in hidden]
 
 
 FAULTS = [
@@ -132,7 +133,7 @@ FAULTS = [
 def test_the_mirror_is_tried_after_the_official_host(host, path, capsys, fault, reason):
     host.fault = fault
     dataset, description = common.get_dataset(NAME, ENV_ID)
-    assert len(dataset) == 1000 and description == DESCRIPTION
+    assert len(dataset) == 1000 and description == f"{DESCRIPTION} {host.url}/mirror/{NAME}.npz"
     assert host.seen == [f"/broken/{NAME}.npz", f"/mirror/{NAME}.npz"]
     assert path.read_bytes() == host.file and visible_files(path.parent) == [path]
     (line,) = capsys.readouterr().out.splitlines()
@@ -145,7 +146,7 @@ def test_an_official_host_that_works_is_enough(host, path, capsys, fault):
     host.fault = fault
     for _ in range(2):  # downloaded once, used twice
         dataset, description = common.get_dataset(NAME, ENV_ID)
-        assert len(dataset) == 1000 and description == DESCRIPTION
+        assert len(dataset) == 1000 and description == f"{DESCRIPTION} {host.url}/broken/{NAME}.npz"
     assert host.seen == [f"/broken/{NAME}.npz"]
     assert path.read_bytes() == host.file and visible_files(path.parent) == [path]
     assert capsys.readouterr().out == ""
@@ -164,7 +165,7 @@ def test_without_a_host_the_ways_out_are_named(host, path, monkeypatch, fault):
     assert "--dataset" in message and "results/collect_antmaze.py" in message
     assert len(host.seen) == 2 and visible_files(path.parent) == []
     host.fault = ""  # the same process tries again, and no lock is in its way
-    assert common.get_dataset(NAME, ENV_ID)[1] == DESCRIPTION
+    assert common.get_dataset(NAME, ENV_ID)[1].startswith(DESCRIPTION)
 
 
 @pytest.mark.parametrize("end", ["mine.npz", "a/mine.npz?download=true"])
@@ -173,7 +174,7 @@ def test_a_url_is_downloaded_once(host, path, monkeypatch, end):
     navigate = "pointmaze-medium-navigate-v0"
     for _ in range(2):
         dataset, description = common.get_dataset(navigate, ENV_ID, f"{host.url}/{end}")
-        assert len(dataset) == 1000 and description == DESCRIPTION
+        assert len(dataset) == 1000 and description == f"{DESCRIPTION} {host.url}/{end}"
     assert host.seen == [f"/{end}"]
     (downloaded,) = visible_files(path.parent)
     assert downloaded.parent == path.parent / "downloaded" and downloaded.name.endswith("mine.npz")
@@ -212,7 +213,7 @@ def test_a_full_disk(host, path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert len(host.seen) == 1  # the mirror's file would not fit either
     assert visible_files(path.parent) == []
-    assert common.get_dataset(NAME, ENV_ID)[1] == DESCRIPTION  # there is room again
+    assert common.get_dataset(NAME, ENV_ID)[1].startswith(DESCRIPTION)  # there is room again
 
 
 def test_of_two_that_want_the_same_file_one_downloads(host, path):
@@ -227,5 +228,5 @@ def test_of_two_that_want_the_same_file_one_downloads(host, path):
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert descriptions == [DESCRIPTION] * 2
+    assert descriptions == [f"{DESCRIPTION} {host.url}/broken/{NAME}.npz"] * 2
     assert host.seen == [f"/broken/{NAME}.npz"] and path.read_bytes() == host.file
