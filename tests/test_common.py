@@ -419,7 +419,7 @@ def as_words(array):
         ("qpos", one_nan, "qpos has NaN"),
         ("qpos", lambda a: a.astype(complex), "no real numbers"),
         ("actions", lambda a: a.astype(object), "bject"),
-        ("actions", as_words, "convert"),
+        ("actions", as_words, "must be floating point"),
     ],
 )
 def test_an_array_that_is_wrong_is_named(collected, tmp_path, name, change, words):
