@@ -613,9 +613,10 @@ def check_compiler():
 
 
 def check_envs(env, envs, dataset):
-    """Raise UserError unless the environments have the form that training needs; tries a step.
+    """Raise UserError unless the environments have the form that training needs.
 
-    env: one environment, envs: a vector environment for evaluation.
+    Tries a step or, if no time limit is known, an episode. env: one environment, envs: a vector
+    environment for evaluation.
     """
     if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
         raise UserError("envs: autoreset_mode must be SAME_STEP, which make_envs sets")
@@ -631,8 +632,8 @@ def check_envs(env, envs, dataset):
     if found != expected:
         raise UserError(f"observation, action sizes: {found} in the data, {expected} in the env")
     has_limit = env.has_wrapper_attr("_max_episode_steps")
-    env.reset(seed=0)
     try:
+        env.reset(seed=0)
         for _ in range(1 if has_limit else 10_000):
             obs, _, terminated, truncated, _ = env.step(np.zeros(space.shape, space.dtype))
             if obs.shape != env.observation_space.shape or not np.isfinite(obs).all():

@@ -576,12 +576,13 @@ def main():
     args = parse_args()
     name, dataset_name, env_id = common.resolve_task(args.env, args.task)
     env = make_env(args)
-    start_env = partial(make_env, args)
+    start_env = partial(make_env, args)  # one in each process
     if common.is_dataset(args.env):
-        # OGBench's environments draw from generators that SeededEnv seeds only, so the processes
-        # can share one by forking, before CUDA starts: each copy of a cube would take 450 MB.
-        env.close = lambda: None  # gymnasium closes it after a look at its spaces
+        # An environment of OGBench draws only from generators that SeededEnv seeds, so the forked
+        # processes can all use this one. Making one each would take up to 450 MB per process.
+        env.close = lambda: None  # gymnasium closes its sample environment: here, the shared one
         start_env = lambda: env
+    # Forks first, then CUDA: a forked process cannot use a GPU that was started before.
     with closing(make_envs(start_env, min(args.eval_episodes, 25))) as envs:
         device = choose_device(args.device)
         torch.set_float32_matmul_precision(args.matmul_precision)
@@ -633,9 +634,9 @@ class CUDAGraph:
 class SeededEnv(gymnasium.Wrapper):
     """Makes episodes reproducible: OGBench draws from NumPy's global generator too.
 
-    It seeds the global generators, so only one may be in use in a process. An environment may
-    return its own buffer or a reward of one element: these become copies and plain numbers. Of a
-    step's info only `success` is kept, since the rest would be sent from process to process.
+    It seeds the global generators at each reset, so two in one process would disturb each other.
+    It also copies observations (an environment may reuse its buffer), makes rewards plain numbers
+    (they may be arrays), and keeps only `success` of a step's info: the rest is slow to send.
     """
 
     def __init__(self, env):
@@ -659,12 +660,15 @@ class SeededEnv(gymnasium.Wrapper):
 
 
 def env_process(*args):
-    """Gymnasium's worker, which SIGTERM ends and Ctrl-C does not: that is for the main process."""
+    """Gymnasium's worker; SIGTERM ends it, and Ctrl-C is left to the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's handler, see the end
+    index = args[0]  # a fork copies the global states, so that __init__ would draw the same
+    random.seed(index)
+    np.random.seed(index)
     try:
         _async_worker(*args)
-    except OSError:  # it cannot answer: the main process is gone, and nobody needs a traceback
+    except (BrokenPipeError, ConnectionResetError):  # the main process was killed: no traceback
         os._exit(1)
 
 
@@ -676,15 +680,15 @@ class Envs(AsyncVectorEnv):
             process.kill()
 
 
-def make_envs(make_env, num_envs):
-    """Vector environment for `evaluate`: each of its processes calls make_env().
+def make_envs(start_env, num_envs):
+    """Vector environment for `evaluate`: each of its processes gets its environment of start_env().
 
-    Processes that make their own environment have different random states, whatever it draws from.
+    It is called in the process, after the fork, so that random states made in __init__ differ.
     """
     if not hasattr(os, "fork"):
         raise common.UserError("needs Linux, macOS or WSL: Windows cannot fork processes")
     return Envs(
-        [lambda: SeededEnv(make_env())] * num_envs,
+        [lambda: SeededEnv(start_env())] * num_envs,
         autoreset_mode=AutoresetMode.SAME_STEP,
         context="fork",
         worker=env_process,

@@ -73,6 +73,18 @@ class OwnRandomState(Own):
         return self.rng.uniform(-1, 1, 3).astype(np.float32)
 
 
+class SeededByGlobalState(OwnRandomState):
+    def __init__(self):
+        super().__init__()
+        self.rng = np.random.default_rng(np.random.randint(2**31))
+
+
+class SeededByPython(OwnRandomState):
+    def __init__(self):
+        super().__init__()
+        self.rng = np.random.default_rng(random.randrange(2**31))
+
+
 class GlobalRandomState(Own):
     def observe(self):
         return np.array([np.random.rand(), random.random(), 0], np.float32)
@@ -203,8 +215,9 @@ def test_rewards_are_numbers_and_observations_copies(make_env, make_envs):
     assert np.isnan(results["success"]).all()
 
 
-def test_parallel_copies_with_a_random_state_of_their_own_are_different(make_envs):
-    obs, _ = make_envs(OwnRandomState, 5).reset(seed=list(range(5)))
+@pytest.mark.parametrize("own", [OwnRandomState, SeededByGlobalState, SeededByPython])
+def test_parallel_copies_with_a_random_state_of_their_own_are_different(make_envs, own):
+    obs, _ = make_envs(own, 5).reset(seed=list(range(5)))
     assert len(set(obs[:, 0])) == 5
 
 
