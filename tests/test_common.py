@@ -873,6 +873,17 @@ def test_a_container_with_few_cores_is_told_what_to_set(
     assert ("set OMP_NUM_THREADS=1" in capsys.readouterr().out) == warns
 
 
+def test_a_program_may_use_torchs_newer_precision_settings(tmp_path):
+    before = torch.backends.fp32_precision
+    torch.backends.fp32_precision = "tf32"  # now torch.get_float32_matmul_precision() raises
+    try:
+        with common.Run(tmp_path / "run", CONFIG) as run:
+            run.restore(NETS)
+    finally:
+        torch.backends.fp32_precision = before
+    assert common.read_config(run.folder)["script"] == "x.py"
+
+
 def test_weights_of_other_networks_are_refused():
     nets = torch.nn.Linear(2, 3)
     weights = torch.nn.Linear(2, 3).state_dict()
