@@ -385,11 +385,12 @@ def get_dataset(name, env_id, source="", device="cpu", sparse=False):
         hosts = (ogbench.utils.DATASET_URL, MIRROR)
         make_once(path, lambda: download([f"{host}/{name}.npz" for host in hosts], path))
     dataset, origin = load_dataset(path, env_id, device, sparse)
-    downloaded_from = path.with_suffix(".source")
-    if os.path.exists(downloaded_from):
-        origin = f"from {downloaded_from.read_text()}"
     counts = f"{len(dataset)} transitions, {dataset.num_episodes} episodes"
-    return dataset, f"{counts}, {origin or 'no source stated, as in OGBench files'}"
+    description = f"{counts}, {origin or 'no source stated, as in OGBench files'}"
+    note = path.with_suffix(".source")  # of a download
+    if os.path.exists(note):
+        description += f", downloaded from {note.read_text()}"
+    return dataset, description
 
 
 @contextmanager

@@ -14,7 +14,8 @@ import common
 
 NAME = "pointmaze-medium-stitch-v0"  # not one that is collected
 _, _, ENV_ID = common.resolve_task(NAME)
-DESCRIPTION = "1000 transitions, 1 episodes, from"  # and the URL
+DESCRIPTION = "1000 transitions, 1 episodes, no source stated, as in OGBench files"
+DESCRIPTION += ", downloaded from"  # and the URL
 BLOCK = 2**16
 
 
@@ -179,6 +180,13 @@ def test_a_url_is_downloaded_once(host, path, monkeypatch, end):
     (downloaded,) = visible_files(path.parent)
     assert downloaded.parent == path.parent / "downloaded" and downloaded.name.endswith("mine.npz")
     assert downloaded.read_bytes() == host.file
+
+
+def test_a_download_keeps_what_the_file_says_of_itself(host, path, tmp_path):
+    common.collect_pointmaze("pointmaze-medium-navigate-v0", tmp_path / "x.npz", 1, workers=1)
+    host.file = (tmp_path / "x.npz").read_bytes()
+    description = common.get_dataset(NAME, ENV_ID, f"{host.url}/x.npz")[1]
+    assert "not the official file, downloaded from http" in description
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.npz", "http://[/x.npz"])
