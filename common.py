@@ -29,7 +29,6 @@ import requests
 import torch
 from filelock import FileLock, Timeout
 from gymnasium.spaces import Box
-from gymnasium.vector import AutoresetMode
 from tqdm import tqdm
 
 # Named by OGBench's maintainer in issue 49, for when the official host cannot be reached.
@@ -613,14 +612,8 @@ def check_compiler():
         raise UserError(f"--compile: torch cannot compile here; {hint}") from None
 
 
-def check_envs(env, envs, dataset):
-    """Raise UserError unless the environments have the form that training needs.
-
-    Tries a step or, if no time limit is known, an episode. env: one environment, envs: a vector
-    environment for evaluation.
-    """
-    if envs.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
-        raise UserError("envs: autoreset_mode must be SAME_STEP, which make_envs sets")
+def check_env(env, dataset):
+    """Raise UserError unless a step in the environment, and its spaces, are what training needs."""
     for kind, space in (("observation", env.observation_space), ("action", env.action_space)):
         if not isinstance(space, Box) or len(space.shape) != 1:
             raise UserError(f"the {kind} space is {space}, must be a Box of one dimension")
@@ -632,20 +625,13 @@ def check_envs(env, envs, dataset):
     expected = (env.observation_space.shape, env.action_space.shape)
     if found != expected:
         raise UserError(f"observation, action sizes: {found} in the data, {expected} in the env")
-    has_limit = env.has_wrapper_attr("_max_episode_steps")
     try:
         env.reset(seed=0)
-        for _ in range(1 if has_limit else 10_000):
-            obs, _, terminated, truncated, _ = env.step(np.zeros(space.shape, space.dtype))
-            if obs.shape != env.observation_space.shape or not np.isfinite(obs).all():
-                raise ValueError(f"an observation of shape {obs.shape}, or not finite")
-            if terminated or truncated:
-                return
+        obs, _, _, _, _ = env.step(np.zeros(space.shape, space.dtype))
     except (ValueError, TypeError) as error:
         raise UserError(f"a step in the environment failed: {error}") from None
-    if not has_limit:
-        hint = "give it a time limit: gymnasium.wrappers.TimeLimit"
-        raise UserError(f"an episode has no end after 10,000 steps; {hint}")
+    if obs.shape != env.observation_space.shape or not np.isfinite(obs).all():
+        raise UserError(f"a step in the environment: an observation of {obs.shape}, or not finite")
 
 
 # --------------------------------------------------------------------------------- run's folder

@@ -35,14 +35,12 @@ humanoidmaze-medium and 30 for antsoccer-arena.
 
 import copy
 import math
-import os
 import random
 import re
 import signal
 import sys
 import time
 import warnings
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -54,8 +52,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode
-from gymnasium.vector.async_vector_env import _async_worker
 
 import common
 
@@ -153,8 +149,8 @@ SETTINGS = {
 
 # ------------------------------------------------------------------------------------- networks
 #
-# Shapes: B batch, O observation, A action, h chunk length, K flow steps, N environments. Networks
-# see a chunk as one action: x and actions are (B, h * A).
+# Shapes: B batch, O observation, A action, h chunk length, K flow steps. Networks see a chunk as
+# one action: x and actions are (B, h * A).
 
 
 class EnsembleLinear(nn.Module):
@@ -394,7 +390,7 @@ def load(folder, device="cpu"):
 
 @torch.no_grad()
 def act(nets, obs, args, generator=None):
-    """The policy on NumPy arrays: observations (N, O) -> the next h actions (N, h, A)."""
+    """The policy on NumPy arrays: observations (B, O) -> the next h actions (B, h, A)."""
     obs_dim, action_dim = nets.sizes
     device = next(nets.parameters()).device
     x0 = torch.randn(len(obs), action_dim, device=device, generator=generator)
@@ -403,55 +399,40 @@ def act(nets, obs, args, generator=None):
     return actions.view(len(obs), args.horizon, -1).cpu().numpy()
 
 
-def evaluate(policy, envs, num_episodes, seed):
+def evaluate(policy, env, num_episodes, seed):
     """Success (NaN if the environment has none), return and length: arrays (num_episodes,).
 
-    policy: observations (N, O) -> the next h actions (N, h, A), as NumPy arrays. envs: N
-    environments with autoreset mode SAME_STEP. Each plays a fixed share of the episodes: the first
-    ones to finish, wherever they are, would be the short, successful ones.
+    policy: observations (1, O) -> the next h actions (1, h, A), as NumPy arrays. env: a
+    `SeededEnv`.
     """
-    n = envs.num_envs
-    episodes_left = np.full(n, num_episodes // n)
-    episodes_left[: num_episodes % n] += 1
-    obs, _ = envs.reset(seed=[seed * n + i for i in range(n)])
-    chunks = np.array(policy(obs))  # a copy that can be written to
-    horizon = chunks.shape[1]
-    position = np.zeros(n, int)  # of the next action in its chunk
-    returns = np.zeros(n)
-    lengths = np.zeros(n)
     results = {"success": [], "return": [], "length": []}
-    while episodes_left.any():
-        needs_chunk = position == horizon
-        if needs_chunk.any():
-            chunks[needs_chunk] = policy(obs)[needs_chunk]  # noise is drawn for all of them
-            position[needs_chunk] = 0
-        obs, rewards, terminated, truncated, infos = envs.step(chunks[np.arange(n), position])
-        position += 1
-        returns += rewards
-        lengths += 1
-        for i in np.flatnonzero(terminated | truncated):
-            if episodes_left[i] > 0:
-                successes = infos["final_info"].get("success", np.full(n, np.nan))
-                results["success"].append(successes[i])
-                results["return"].append(returns[i])
-                results["length"].append(lengths[i])
-                episodes_left[i] -= 1
-            position[i] = horizon
-            returns[i] = 0
-            lengths[i] = 0
+    for episode in range(num_episodes):
+        obs, _ = env.reset(seed=seed * num_episodes + episode)
+        chunk = []
+        rewards = []
+        done = False
+        while not done:
+            if not chunk:
+                chunk = list(policy(obs[None])[0])
+            obs, reward, terminated, truncated, info = env.step(chunk.pop(0))  # open loop
+            rewards.append(reward)
+            done = terminated or truncated
+        results["success"].append(info.get("success", math.nan))
+        results["return"].append(sum(rewards))
+        results["length"].append(len(rewards))
     return {name: np.array(values, np.float64) for name, values in results.items()}
 
 
 # ------------------------------------------------------------------------------------- training
 
 
-def train(args, dataset, env, envs, run):
-    """Train on `dataset`, then online in `env`, evaluate in `envs`; returns the networks.
+def train(args, dataset, env, eval_env, run):
+    """Train on `dataset`, then online in `env`, evaluate in `eval_env`; returns the networks.
 
-    dataset: common.Dataset; the online phase appends to it. env: one environment, a `SeededEnv`.
-    envs: those of `make_envs`. run: common.Run.
+    dataset: common.Dataset; the online phase appends to it. env, eval_env: two environments, each a
+    `SeededEnv`. run: common.Run.
     """
-    common.check_envs(env, envs, dataset)
+    common.check_env(env, dataset)
     device = dataset.actions.device
     torch.manual_seed(args.seed + 2**31)  # weights; not the seed of the noise
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -526,7 +507,7 @@ def train(args, dataset, env, envs, run):
             seed = args.seed + step
             eval_generator = torch.Generator(device).manual_seed(seed)
             policy = partial(act, nets, args=args, generator=eval_generator)
-            results = evaluate(policy, envs, args.eval_episodes, seed)
+            results = evaluate(policy, eval_env, args.eval_episodes, seed)
             row = dict(step=step, episodes=args.eval_episodes)
             for name, values in results.items():
                 row[name] = values.mean().item()
@@ -575,28 +556,21 @@ def check_args(args):
 def main():
     args = parse_args()
     name, dataset_name, env_id = common.resolve_task(args.env, args.task)
-    env = make_env(args)
-    start_env = partial(make_env, args)  # one in each process
-    if common.is_dataset(args.env):
-        # An environment of OGBench draws only from generators that SeededEnv seeds, so the forked
-        # processes can all use this one. Making one each would take up to 450 MB per process.
-        env.close = lambda: None  # gymnasium closes its sample environment: here, the shared one
-        start_env = lambda: env
-    # Forks first, then CUDA: a forked process cannot use a GPU that was started before.
-    with closing(make_envs(start_env, min(args.eval_episodes, 25))) as envs:
-        device = choose_device(args.device)
-        torch.set_float32_matmul_precision(args.matmul_precision)
-        if args.compile:
-            common.check_compiler()
-        dataset, description = common.get_dataset(
-            dataset_name, env_id, args.dataset, device, args.sparse
-        )
-        if args.horizon > len(dataset):
-            raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")
-        if not any(re.match(names, args.env) for names in SETTINGS):
-            print(f"--env {args.env} has no tuned settings: these are the defaults")
-        with common.start_run(__file__, name, args, description, device) as run:
-            train(args, dataset, SeededEnv(env), envs, run)
+    env = SeededEnv(make_env(args))
+    eval_env = SeededEnv(make_env(args))
+    device = choose_device(args.device)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    if args.compile:
+        common.check_compiler()
+    dataset, description = common.get_dataset(
+        dataset_name, env_id, args.dataset, device, args.sparse
+    )
+    if args.horizon > len(dataset):
+        raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")
+    if not any(re.match(names, args.env) for names in SETTINGS):
+        print(f"--env {args.env} has no tuned settings: these are the defaults")
+    with common.start_run(__file__, name, args, description, device) as run:
+        train(args, dataset, env, eval_env, run)
 
 
 # ------------------------------------------- from here on the same in all three scripts: plumbing
@@ -634,65 +608,22 @@ class CUDAGraph:
 class SeededEnv(gymnasium.Wrapper):
     """Makes episodes reproducible: OGBench draws from NumPy's global generator too.
 
-    It seeds the global generators at each reset, so two in one process would disturb each other.
-    It also copies observations (an environment may reuse its buffer), makes rewards plain numbers
-    (they may be arrays), and keeps only `success` of a step's info: the rest is slow to send.
+    A reset with a seed seeds the global generators. It also copies observations (an environment may
+    reuse its buffer) and makes rewards plain numbers (they may be arrays).
     """
-
-    def __init__(self, env):
-        super().__init__(env)
-        self.rng = np.random.default_rng()
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
-            self.rng = np.random.default_rng(seed)
-        episode_seed = int(self.rng.integers(2**31))
-        np.random.seed(episode_seed)
-        random.seed(episode_seed)
-        obs, _ = self.env.reset(seed=episode_seed, options=options)
-        return np.array(obs), {}
+            seed %= 2**32  # NumPy takes no more
+            random.seed(seed)
+            np.random.seed(seed)
+        obs, info = self.env.reset(seed=seed, options=options)
+        return np.array(obs), info
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
         reward = np.asarray(reward).item()
-        kept = {"success": info["success"]} if "success" in info else {}
-        return np.array(obs), reward, bool(terminated), bool(truncated), kept
-
-
-def env_process(*args):
-    """Gymnasium's worker; SIGTERM ends it, and Ctrl-C is left to the main process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not the main process's handler, see the end
-    index = args[0]  # a fork copies the global states, so that __init__ would draw the same
-    random.seed(index)
-    np.random.seed(index)
-    try:
-        _async_worker(*args)
-    except (BrokenPipeError, ConnectionResetError):  # the main process was killed: no traceback
-        os._exit(1)
-
-
-class Envs(AsyncVectorEnv):
-    """Closes at once: gymnasium waits for answers of its processes, perhaps forever."""
-
-    def close_extras(self, **kwargs):
-        for process in self.processes:
-            process.kill()
-
-
-def make_envs(start_env, num_envs):
-    """Vector environment for `evaluate`: each of its processes gets its environment of start_env().
-
-    It is called in the process, after the fork, so that random states made in __init__ differ.
-    """
-    if not hasattr(os, "fork"):
-        raise common.UserError("needs Linux, macOS or WSL: Windows cannot fork processes")
-    return Envs(
-        [lambda: SeededEnv(start_env())] * num_envs,
-        autoreset_mode=AutoresetMode.SAME_STEP,
-        context="fork",
-        worker=env_process,
-    )
+        return np.array(obs), reward, bool(terminated), bool(truncated), info
 
 
 def saved_args(folder):

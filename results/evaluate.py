@@ -3,16 +3,14 @@
     python results/evaluate.py runs/RUN --episodes 200
     MUJOCO_GL=egl python results/evaluate.py runs/RUN --video
 
-Works for every script that has the functions `load`, `act`, `evaluate` and the environments of
-qflow.py, such as a copy of it. It looks for the script in the current folder, beside common.py and
-under results/.
+Works for every script with the functions of qflow.py, such as a copy of it. It looks for the script
+in the current folder, beside common.py and under results/.
 """
 
 import importlib
 import math
 import sys
 import warnings
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,17 +99,12 @@ def main():
         raise common.UserError(f"{cli.run}: its config.json does not name a script")
     script = import_script(config["script"])
     nets, args = script.load(cli.run)
-    start_env = partial(script.make_env, args)
-    if common.is_dataset(args.env):  # see `main` of the scripts
-        env = start_env()
-        env.close = lambda: None
-        start_env = lambda: env
-    with closing(script.make_envs(start_env, min(cli.episodes, 25))) as envs:
-        device = script.choose_device(cli.device)
-        nets.to(device)
-        generator = torch.Generator(device).manual_seed(cli.seed)
-        policy = partial(script.act, nets, args=args, generator=generator)
-        print_intervals(script.evaluate(policy, envs, cli.episodes, cli.seed))
+    device = script.choose_device(cli.device)
+    nets.to(device)
+    generator = torch.Generator(device).manual_seed(cli.seed)
+    policy = partial(script.act, nets, args=args, generator=generator)
+    with script.SeededEnv(script.make_env(args)) as env:
+        print_intervals(script.evaluate(policy, env, cli.episodes, cli.seed))
     if cli.video:
         try:
             with script.SeededEnv(script.make_env(args, render_mode="rgb_array")) as env:

@@ -15,9 +15,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import common  # noqa: E402
 import qflow  # noqa: E402
 
+warnings.filterwarnings("ignore", module="gymnasium")  # float64 spaces
+
 
 def make_env():
-    return gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1.0, 1.0)
+    env = gymnasium.make("Pendulum-v1")
+    return qflow.SeededEnv(gymnasium.wrappers.RescaleAction(env, -1.0, 1.0))
 
 
 # Your episodes, one after the other: here five with random actions.
@@ -34,22 +37,13 @@ for episode in range(5):
         obs = next_obs
         done = terminated or truncated
     rows.append((obs, action, 0, 0, 0))  # the last observation; nothing else of this row is used
+dataset = common.Dataset(*[np.array(column) for column in zip(*rows)])
 
-
-def main():
-    envs = qflow.make_envs(make_env, 4)  # a process each
-    dataset = common.Dataset(*[np.array(column) for column in zip(*rows)])
-    args = qflow.Args(
-        env="Pendulum-v1", offline_steps=200, eval_interval=100, eval_episodes=4, hidden=(64, 64)
-    )
-    folder = f"runs/Pendulum-v1__qflow__0__{time.strftime('%Y%m%d-%H%M%S')}"
-    with common.Run(folder, dict(script="qflow.py", args=vars(args))) as run:
-        print("writing to", run.folder)
-        nets = qflow.train(args, dataset, qflow.SeededEnv(env), envs, run)
-    envs.close()
-    print("action", qflow.act(nets, obs[None], args)[0, 0])
-
-
-if __name__ == "__main__":
-    warnings.filterwarnings("ignore", module="gymnasium")  # float64 spaces
-    main()
+args = qflow.Args(
+    env="Pendulum-v1", offline_steps=200, eval_interval=100, eval_episodes=4, hidden=(64, 64)
+)
+folder = f"runs/Pendulum-v1__qflow__0__{time.strftime('%Y%m%d-%H%M%S')}"
+with common.Run(folder, dict(script="qflow.py", args=vars(args))) as run:
+    print("writing to", run.folder)
+    nets = qflow.train(args, dataset, env, make_env(), run)
+print("action", qflow.act(nets, obs[None], args)[0, 0])

@@ -17,7 +17,6 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode
 
 import common
 import flow_sac
@@ -41,12 +40,6 @@ class Bomb:
         return open, ("exploded", "w")
 
 
-def one_environment(make_env, num_envs):
-    """make_envs without processes: the environment must exist, but nothing is played."""
-    make_env()
-    return Mock(num_envs=num_envs, metadata=dict(autoreset_mode=AutoresetMode.SAME_STEP))
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
     """No datasets are there; where a new one is needed, the test has seen enough."""
@@ -54,8 +47,6 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "collect_pointmaze", Mock(side_effect=Accepted))
     monkeypatch.setattr(common, "download", Mock(side_effect=Accepted))
-    for script in SCRIPTS.values():
-        monkeypatch.setattr(script, "make_envs", one_environment)
 
 
 @pytest.fixture

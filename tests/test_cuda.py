@@ -1,7 +1,6 @@
 """On a GPU: updates are those of the CPU, also compiled and captured, and never wait for it."""
 
 import copy
-from contextlib import closing
 
 import gymnasium
 import numpy as np
@@ -186,11 +185,9 @@ def test_a_captured_run_evaluates_and_goes_on_where_it_stopped(method, settings,
             **settings,
         )
         config = dict(script=f"{method.__name__}.py", args=vars(args), device="cuda")
-        with (
-            closing(method.make_envs(pendulum, 2)) as envs,
-            common.Run(tmp_path / name, config, resume) as run,
-        ):
-            nets = method.train(args, dataset, method.SeededEnv(pendulum()), envs, run)
+        env, eval_env = method.SeededEnv(pendulum()), method.SeededEnv(pendulum())
+        with common.Run(tmp_path / name, config, resume) as run:
+            nets = method.train(args, dataset, env, eval_env, run)
         return run.folder, flat(nets)
 
     plain, expected_parameters = train("plain", 100, compiles=False)
@@ -217,11 +214,9 @@ def test_a_run_of_the_cpu_goes_on_here(tmp_path, capsys):
             offline_steps=steps, eval_episodes=2, hidden=(64, 64), batch_size=64, log_interval=1
         )
         config = dict(script="qflow.py", args=vars(args), device=device)
-        with (
-            closing(qflow.make_envs(pendulum, 2)) as envs,
-            common.Run(tmp_path / "run", config, resume) as run,
-        ):
-            return qflow.train(args, dataset, qflow.SeededEnv(pendulum()), envs, run)
+        env, eval_env = qflow.SeededEnv(pendulum()), qflow.SeededEnv(pendulum())
+        with common.Run(tmp_path / "run", config, resume) as run:
+            return qflow.train(args, dataset, env, eval_env, run)
 
     train("cpu", 5, resume=False)
     nets = train("cuda", 10, resume=True)

@@ -1,12 +1,6 @@
-"""Environments of one's own, the processes they run in, and the device."""
+"""Environments of one's own, and the device."""
 
-import os
 import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 from unittest.mock import Mock
 
 import gymnasium
@@ -14,13 +8,10 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import common
 import flow_sac
 import qflow
-
-ROOT = Path(__file__).parent.parent
 
 
 class Own(gymnasium.Env):
@@ -104,23 +95,8 @@ DATASET = common.Dataset.empty(3, 2)  # sizes of an observation and of an action
 
 
 def check(make_env):
-    """common.check_envs as `train` calls it."""
-    envs = Mock(metadata=dict(autoreset_mode=AutoresetMode.SAME_STEP))
-    common.check_envs(qflow.SeededEnv(make_env()), envs, DATASET)
-
-
-@pytest.fixture
-def make_envs():
-    """make_envs of the scripts; the environments are closed after the test."""
-    made = []
-
-    def make(make_env, num_envs):
-        made.append(qflow.make_envs(make_env, num_envs))
-        return made[-1]
-
-    yield make
-    for envs in made:
-        envs.close()
+    """common.check_env as `train` calls it."""
+    common.check_env(qflow.SeededEnv(make_env()), DATASET)
 
 
 # ----------------------------------------------------------------------------- what is refused
@@ -130,9 +106,8 @@ def make_envs():
     "make_env, words",
     [
         (TwoRewards, "a step in the environment failed"),
-        (NotFinite, "a step in the environment failed: .*not finite"),
-        (OtherShape, "a step in the environment failed: .*shape"),
-        (lambda: Own(time_limit=None), "no end after 10,000 steps.*TimeLimit"),
+        (NotFinite, "a step in the environment: .*not finite"),
+        (OtherShape, r"a step in the environment: an observation of \(1, 3\)"),
         (lambda: Own(action_space=Discrete(4)), "the action space is Discrete.*must be a Box"),
         (
             lambda: Own(action_space=Box(-1, 1, (2,), np.int64)),
@@ -161,21 +136,12 @@ def test_an_environment_that_ends_by_itself_or_has_a_wrapper_for_it(make_env):
     check(lambda: gymnasium.wrappers.TimeLimit(make_env(time_limit=None), 7))
 
 
-def test_the_autoreset_mode_is_checked():
-    for mode in (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED):
-        envs = SyncVectorEnv([Own] * 2, autoreset_mode=mode)
-        with pytest.raises(common.UserError, match="autoreset_mode must be SAME_STEP"):
-            common.check_envs(qflow.SeededEnv(Own()), envs, DATASET)
-    envs = SyncVectorEnv([Own] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
-    common.check_envs(qflow.SeededEnv(Own()), envs, DATASET)
-
-
-def test_train_checks_the_environment_first(make_envs):
+def test_train_checks_the_environment_first():
     run = Mock()
     for script in (qflow, flow_sac):
         with pytest.raises(common.UserError, match="the action space is Discrete"):
             env = Own(action_space=Discrete(4))
-            script.train(script.Args(), None, env, make_envs(Own, 1), run)
+            script.train(script.Args(), None, env, Own(), run)
     assert run.mock_calls == []
 
 
@@ -197,7 +163,7 @@ def test_flow_sac_refuses_actions_that_cannot_be_rescaled(monkeypatch, low, high
 
 
 @pytest.mark.parametrize("make_env", [Own, RewardInAnArray, ReusedBuffer])
-def test_rewards_are_numbers_and_observations_copies(make_env, make_envs):
+def test_rewards_are_numbers_and_observations_copies(make_env):
     env = qflow.SeededEnv(make_env())
     observations = [env.reset(seed=0)[0]]
     for _ in range(4):
@@ -210,142 +176,61 @@ def test_rewards_are_numbers_and_observations_copies(make_env, make_envs):
     def policy(obs):
         return np.zeros((len(obs), 1, 2), np.float32)
 
-    results = qflow.evaluate(policy, make_envs(make_env, 2), num_episodes=3, seed=0)
+    results = qflow.evaluate(policy, env, num_episodes=3, seed=0)
     assert results["return"].tolist() == results["length"].tolist() == [5, 5, 5]
     assert np.isnan(results["success"]).all()
 
 
 @pytest.mark.parametrize("own", [OwnRandomState, SeededByGlobalState, SeededByPython])
-def test_parallel_copies_with_a_random_state_of_their_own_are_different(make_envs, own):
-    obs, _ = make_envs(own, 5).reset(seed=list(range(5)))
-    assert len(set(obs[:, 0])) == 5
+def test_two_environments_with_a_random_state_of_their_own_are_different(own):
+    env, eval_env = qflow.SeededEnv(own()), qflow.SeededEnv(own())
+    assert not np.array_equal(env.reset(seed=0)[0], eval_env.reset(seed=0)[0])
 
 
-def test_global_random_numbers_follow_from_the_seed(make_envs):
-    def observe(inherited_seed):
-        np.random.seed(inherited_seed)  # what the processes inherit
-        random.seed(inherited_seed)
-        envs = make_envs(GlobalRandomState, 2)
-        observations = [envs.reset(seed=[5, 6])[0].copy()]
-        for _ in range(12):  # resets twice
-            observations.append(envs.step(np.zeros((2, 2), np.float32))[0].copy())
+@pytest.mark.parametrize("seed", [5, 2**32 + 5])
+def test_global_random_numbers_follow_from_the_seed(seed):
+    env = qflow.SeededEnv(GlobalRandomState())
+
+    def observe(state_before):
+        np.random.seed(state_before)
+        random.seed(state_before)
+        observations = [env.reset(seed=seed)[0]]
+        for _ in range(4):
+            observations.append(env.step(np.zeros(2, np.float32))[0])
         return np.array(observations)
 
     first = observe(0)
     assert np.array_equal(first, observe(1))
-    assert len(np.unique(first[..., 0])) == len(np.unique(first[..., 1])) == 26
+    assert len(np.unique(first[:, 0])) == len(np.unique(first[:, 1])) == 5
 
 
 @pytest.mark.parametrize("maze", ["medium", "teleport"])  # a teleport draws its exit in step()
 def test_episodes_of_ogbench_follow_from_the_seed_alone(maze):
     env_id = f"pointmaze-{maze}-singletask-task4-v0"
-    actions = np.random.default_rng(0).uniform(-0.3, 0.3, (600, 2, 2))
+    env = qflow.SeededEnv(gymnasium.make(env_id, max_episode_steps=250))
+    actions = np.random.default_rng(0).uniform(-0.3, 0.3, (250, 1, 1, 2))
     actions[..., 1] -= 0.7  # towards a teleport
 
-    def observe(inherited_seed):
-        np.random.seed(inherited_seed)  # what the workers inherit
-        envs = qflow.make_envs(lambda: gymnasium.make(env_id, max_episode_steps=250), 2)
-        observations = [envs.reset(seed=[5, 6])[0].copy()]
-        for action in actions:
-            observations.append(envs.step(action)[0].copy())
-        envs.close()
+    def observe(state_before):
+        np.random.seed(state_before)
+        observations = []
+        step = 0
+
+        def policy(obs):
+            nonlocal step
+            observations.append(obs[0])
+            step += 1
+            return actions[(step - 1) % 250]
+
+        results = qflow.evaluate(policy, env, 3, seed=5)
+        assert results["length"].tolist() == [250] * 3
         return np.array(observations)
 
     first, again = observe(0), observe(1)
     assert np.array_equal(first, again)
-    starts = first[[0, 250, 500]].reshape(6, 2)
-    assert len(np.unique(starts, axis=0)) == 6
+    assert len(np.unique(first[::250], axis=0)) == 3  # starts
     if maze == "teleport":
-        assert np.abs(np.diff(first, axis=0)).max(2)[:249].max() > 3  # somebody was teleported
-
-
-# ---------------------------------------------------------------------------------- processes
-
-
-@pytest.fixture
-def signals_of_a_script():
-    """The handlers that a script has when it makes its environments."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in handlers:
-        signal.signal(number, signal.default_int_handler)
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-@pytest.mark.usefixtures("signals_of_a_script")
-def test_processes_ignore_ctrl_c_and_die_of_a_cluster_signal(make_envs):
-    envs = make_envs(Own, 2)
-    envs.reset(seed=[0, 1])
-    for process in envs.processes:
-        os.kill(process.pid, signal.SIGINT)
-        process.join(0.3)
-        assert process.is_alive()
-    obs, *_ = envs.step(np.zeros((2, 2), np.float32))
-    assert obs.tolist() == [[1, 1, 1]] * 2
-    for process in envs.processes:
-        process.terminate()
-        process.join(10)
-        assert process.exitcode == -signal.SIGTERM
-
-
-def test_closing_does_not_wait_for_an_answer(make_envs):
-    class Slow(Own):
-        def step(self, action):
-            time.sleep(60)
-
-    envs = make_envs(Slow, 2)
-    envs.reset(seed=[0, 1])
-    envs.step_async(np.zeros((2, 2), np.float32))
-    start = time.monotonic()
-    envs.close()
-    assert time.monotonic() - start < 10
-    for process in envs.processes:
-        process.join(10)
-        assert not process.is_alive()
-
-
-PROGRAM = """
-import gymnasium, numpy, qflow
-def make_env():
-    return gymnasium.wrappers.RescaleAction(gymnasium.make("Pendulum-v1"), -1.0, 1.0)
-if __name__ == "__main__":
-    envs = qflow.make_envs(make_env, 2)
-    envs.reset(seed=[0, 1])
-    print("ready", flush=True)
-"""
-
-
-def start_program(end):
-    """A process that makes environments and then does this."""
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", PROGRAM + "    " + end],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@pytest.mark.slow
-def test_a_program_that_fails_ends_at_once_with_its_own_traceback():
-    with start_program("raise ValueError('a mistake in my own code')") as process:
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and out == "ready\n"
-    assert err.count("Traceback") == 1 and err.endswith("ValueError: a mistake in my own code\n")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "end", ["while True: envs.step(numpy.zeros((2, 1), 'f'))", "import time; time.sleep(99)"]
-)
-def test_the_processes_of_a_killed_program_end_in_silence(end):
-    with start_program(end) as process:
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(0.5)
-        process.kill()
-        out, err = process.communicate(timeout=60)  # returns when the last process has ended
-    assert process.returncode == -signal.SIGKILL and out == err == ""
+        assert np.abs(np.diff(first, axis=0)).max(1)[:249].max() > 3  # somebody was teleported
 
 
 # ------------------------------------------------------------------------------------- device

@@ -1,7 +1,6 @@
 """SAC Flow: the noisy rollout against closed forms, networks, critics, and short runs."""
 
 import math
-from contextlib import closing
 from pathlib import Path
 
 import gymnasium
@@ -602,12 +601,13 @@ class Counter(gymnasium.Env):
 
 
 def train_on(make_env, folder, dataset, **settings):
-    """Run train with two environments for evaluation; the networks and the logs."""
+    """Run train; the networks and the logs."""
     sizes = dict(hidden=(8,), policy_width=8, batch_size=8, eval_episodes=2)
     args = flow_sac.Args(**{**sizes, **settings})
     run = common.Run(folder, dict(script="flow_sac.py", args=vars(args)))
-    with closing(flow_sac.make_envs(make_env, 2)) as envs, run:
-        nets = flow_sac.train(args, dataset, flow_sac.SeededEnv(make_env()), envs, run)
+    env, eval_env = flow_sac.SeededEnv(make_env()), flow_sac.SeededEnv(make_env())
+    with run:
+        nets = flow_sac.train(args, dataset, env, eval_env, run)
     logs = {}
     for name in ("train", "eval", "episodes"):
         logs[name] = common.read_columns(folder / f"{name}.csv")
@@ -637,14 +637,14 @@ def test_from_scratch_it_begins_with_uniform_actions_and_then_learns(tmp_path, c
     dataset = common.Dataset.empty(2, 1)
     settings = dict(online_steps=60, learning_starts=40, log_interval=2, horizon=2)
     _, logs = train_on(lambda: env, tmp_path / "run", dataset, **settings)
-    assert len(set(env.seeds)) == 17  # each episode has its own
+    assert len(set(env.seeds)) == 19  # each episode has its own, two evaluated ones too
     turn = ["update_critic", "update_policy", "update_critic", "update_critic"]
     assert calls == 6 * turn + turn[:3]  # 20 updates
     assert logs["train"]["step"].tolist() == list(range(42, 61, 2))
     assert all(np.isfinite(values).all() for values in logs["train"].values())
     assert logs["eval"]["step"].tolist() == [60]
 
-    # check_envs plays the first episode. The others have 3, 5, 3, ... steps: 10 in the first 40.
+    # After check_env's reset, the episodes have 3, 5, 3, ... steps: 10 in the first 40.
     actions = dataset.actions[dataset.rows].flatten()
     assert len(actions[:40].unique()) == 40 and abs(actions[:40].mean()) < 0.3
     assert 0.45 < actions[:40].std() < 0.7 and actions[:40].abs().max() <= 1  # uniform: 0.58

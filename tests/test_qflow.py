@@ -5,14 +5,12 @@ Blocks that the scripts share are tested here only; test_shared_blocks shows tha
 
 import shutil
 import types
-from contextlib import closing
 from unittest.mock import MagicMock
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 import common
 import qflow
@@ -312,53 +310,36 @@ class Script(gymnasium.Env):
 
 
 @pytest.mark.parametrize("horizon", [1, 3])
-def test_evaluation_gives_each_environment_its_share_and_runs_chunks_open_loop(horizon):
-    envs = SyncVectorEnv([Script] * 3, autoreset_mode=AutoresetMode.SAME_STEP)
+def test_evaluation_plays_the_episodes_with_chunks_open_loop(horizon):
+    env = Script()
 
     def policy(obs):  # an action says which step of the episode it was planned at, and its place
-        actions = np.zeros((3, horizon, 2))
+        actions = np.zeros((len(obs), horizon, 2))
         actions[..., 0] = obs / 10
         actions[..., 1] = np.arange(horizon) / 10
         return actions
 
-    results = qflow.evaluate(policy, envs, 200, seed=1)
-    result = {name: values.mean() for name, values in results.items()}
-    shares, outcomes = (67, 67, 66), []
-    for env, share in zip(envs.envs, shares):
-        assert len(env.episodes) > share
-        for actions in env.episodes[:share]:
-            outcomes.append((len(actions) == 1, len(actions)))
-            for step, (planned, place) in enumerate(actions):
-                assert planned == pytest.approx(step // horizon * horizon / 10)
-                assert place == pytest.approx(step % horizon / 10)
-    success, length = np.mean(outcomes, 0)
-    assert result == pytest.approx({"success": success, "return": length, "length": length})
-    assert 0.4 < success < 0.6
-    again = qflow.evaluate(policy, envs, 200, seed=1)
+    results = qflow.evaluate(policy, qflow.SeededEnv(env), 200, seed=1)
+    assert len(env.episodes) == 200
+    for i, actions in enumerate(env.episodes):
+        for step, (planned, place) in enumerate(actions):
+            assert planned == pytest.approx(step // horizon * horizon / 10)
+            assert place == pytest.approx(step % horizon / 10)
+        assert results["success"][i] == (len(actions) == 1)
+        assert results["return"][i] == results["length"][i] == len(actions) in (1, 7)
+    assert 0.4 < results["success"].mean() < 0.6
+    again = qflow.evaluate(policy, qflow.SeededEnv(Script()), 200, seed=1)
+    other = qflow.evaluate(policy, qflow.SeededEnv(Script()), 200, seed=2)
     assert all(np.array_equal(again[name], results[name]) for name in results)
-    assert len(results["return"]) == 200
-    envs.close()
+    assert not np.array_equal(other["success"], results["success"])
 
 
 def test_evaluation_without_success_is_nan_not_zero():
-    envs = qflow.make_envs(lambda: gymnasium.make("Pendulum-v1"), 2)
-    policy = lambda obs: np.zeros((2, 1, 1))
-    result = qflow.evaluate(policy, envs, 3, seed=0)
-    envs.close()
+    env = qflow.SeededEnv(gymnasium.make("Pendulum-v1"))
+    result = qflow.evaluate(lambda obs: np.zeros((1, 1, 1)), env, 3, seed=0)
     assert np.isnan(result["success"]).all() and (result["length"] == 200).all()
     assert result["return"].shape == (3,) and result["return"].max() < -100
-
-
-def test_the_processes_of_make_envs_may_share_an_environment():
-    given = Script()
-    with closing(qflow.make_envs(lambda: given, 3)) as envs:
-        envs.reset(seed=[0, 1, 2])
-        ends = []
-        for _ in range(30):
-            _, _, terminated, truncated, _ = envs.step(np.zeros((3, 2)))
-            ends.append(terminated | truncated)
-    assert len(np.unique(ends, axis=1).T) == 3  # each plays on its own
-    assert given.episodes == []  # in another process
+    assert len(np.unique(result["return"])) == 3  # each episode has a seed of its own
 
 
 # ------------------------------------------------------------------------------------- training
@@ -423,17 +404,15 @@ def test_collecting_plays_chunks_open_loop_and_appends_each_step(horizon, tmp_pa
     valids = np.arange(10) % 5 < 4  # two episodes of four steps
     dataset = common.Dataset(np.zeros((10, 1)), np.zeros((10, 2)), 1 * valids, valids, valids)
     env = Alternating()
-    envs = SyncVectorEnv([Alternating] * 2, autoreset_mode=AutoresetMode.SAME_STEP)
     run = common.Run(tmp_path / "run", dict(script="qflow.py", args=vars(args)))
-    with closing(envs), run:
-        qflow.train(args, dataset, qflow.SeededEnv(env), envs, run)
+    with run:
+        qflow.train(args, dataset, qflow.SeededEnv(env), qflow.SeededEnv(Alternating()), run)
     assert events == ["update"] * 4 + ["append", "update"] * 21
 
-    # check_envs plays the first episode, of five steps.
     lengths = [3, 5, 3, 5, 3, 2]  # the last one is in progress
     steps = np.concatenate([np.arange(n) for n in lengths])
     planned = np.stack([steps // horizon * horizon, steps % horizon], 1) / 10
-    assert np.allclose(env.actions[5:], planned)
+    assert np.allclose(env.actions[1:], planned)  # the first one is that of check_env
     added = dataset.collected()
     in_episode = added["valids"] == 1
     rows = np.concatenate([np.arange(n + 1) for n in lengths])  # one more for the last observation
@@ -466,7 +445,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path, monkeypatch):
 
     def make_env():
         env = gymnasium.make("Pendulum-v1", max_episode_steps=8)
-        return gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
+        return qflow.SeededEnv(gymnasium.wrappers.RescaleAction(env, -1.0, 1.0))
 
     def train(name, disturb, seed=0):
         torch.manual_seed(disturb)
@@ -483,9 +462,9 @@ def test_the_same_seed_gives_the_same_run(tmp_path, monkeypatch):
             log_interval=1,
         )
         run = common.Run(tmp_path / name, dict(script="qflow.py", args=vars(args)))
-        with closing(qflow.make_envs(make_env, 2)) as envs, run:
+        with run:
             dataset = common.Dataset(*rows)
-            nets = qflow.train(args, dataset, qflow.SeededEnv(make_env()), envs, run)
+            nets = qflow.train(args, dataset, make_env(), make_env(), run)
         log = common.read_columns(run.folder / "train.csv")
         log.pop("steps_per_s")
         state = torch.load(run.folder / "checkpoint.pt", weights_only=True)

@@ -426,7 +426,7 @@ def test_killed_again_and_again_it_computes_the_same(script, signals, data, tmp_
         moment = rng.uniform(0, 1.5)
         time.sleep(moment)
         if number == signal.SIGKILL:
-            process.kill()  # its environments' processes notice
+            process.kill()
         else:
             os.killpg(process.pid, number)  # as from a terminal or a cluster: to all of them
         out, err = process.communicate(timeout=100)

@@ -14,7 +14,6 @@ wrong, or the correct Q of a poor policy, or there is no good action among the N
 import csv
 import sys
 import warnings
-from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -60,10 +59,8 @@ def main(
     if episodes < 1:
         raise common.UserError(f"--episodes {episodes}: must be at least 1")
     args = fql.saved_args(run)
-    env = fql.make_env(args)
-    env.close = lambda: None  # gymnasium closes it after a look at its spaces
     rows = []
-    with closing(fql.make_envs(lambda: env, min(episodes, 25))) as envs:  # before CUDA: they fork
+    with fql.SeededEnv(fql.make_env(args)) as env:
         device = fql.choose_device(device)
         nets, _ = fql.load(run, device)
         generator = torch.Generator(device)
@@ -79,7 +76,7 @@ def main(
             policies[f"best of {number} of the flow"] = partial(flow, n=number)
         for name, policy in policies.items():
             generator.manual_seed(seed)
-            results = fql.evaluate(policy, envs, episodes, seed)
+            results = fql.evaluate(policy, env, episodes, seed)
             print(f"{name}, {episodes} episodes:")
             print_intervals(results)
             for episode in zip(*results.values()):

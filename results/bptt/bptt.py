@@ -42,7 +42,6 @@ from fql import (  # noqa: E402, F401
     choose_device,
     evaluate,
     make_env,
-    make_envs,
     make_optimizer,
     sample_noise,
     update,

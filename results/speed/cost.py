@@ -2,8 +2,8 @@
 
     python results/speed/cost.py
 
-Times 200 steps of 25 environments under an untrained 4 x 512 Q-Flow policy (K = 10), and scales
-that to 50 episodes of full length: an evaluation in which nothing succeeds. And loads a file of
+Times 1,000 steps under an untrained 4 x 512 Q-Flow policy (K = 10), and scales that to 50 episodes
+of full length: an evaluation in which nothing succeeds. And loads a file of
 1M transitions of antmaze-giant's sizes, random numbers, as OGBench writes them.
 """
 
@@ -33,21 +33,19 @@ def main():
     print("| --- | --- | --- | --- | --- | --- |")
     for name in sys.argv[1:] or NAMES:
         *_, env_id = common.resolve_task(name)
-        envs = qflow.make_envs(lambda env_id=env_id: gymnasium.make(env_id), 25)
-        obs_dim = envs.single_observation_space.shape[0]
-        action_dim = envs.single_action_space.shape[0]
+        env = qflow.SeededEnv(gymnasium.make(env_id, max_episode_steps=2000))
+        obs_dim = env.observation_space.shape[0]
+        action_dim = env.action_space.shape[0]
         torch.manual_seed(0)
         nets = qflow.Networks(obs_dim, action_dim, qflow.Args())
-        obs, _ = envs.reset(seed=list(range(25)))
+        obs, _ = env.reset(seed=0)
         start = time.perf_counter()
-        for _ in range(200):
-            obs = torch.as_tensor(obs, dtype=torch.float32)
-            x0 = torch.randn(25, action_dim)
-            actions = qflow.sample_actions(nets, obs, x0, qflow.Args()).numpy()
-            obs, _, _, _, _ = envs.step(actions)
+        for _ in range(1000):
+            action = qflow.act(nets, obs[None], qflow.Args())[0, 0]
+            obs, _, _, _, _ = env.step(action)
         length = gymnasium.spec(env_id).max_episode_steps
-        seconds = (time.perf_counter() - start) / 200 * length * 2
-        envs.close()
+        seconds = (time.perf_counter() - start) / 1000 * length * 50
+        env.close()
 
         n = 10_000
         flags = np.arange(n) < n - 1
