@@ -181,7 +181,7 @@ class Dataset:
         return self.num_rows - self.num_transitions
 
     def reserve(self, num_transitions):
-        """Make room for that many more transitions. Raises MemoryError.
+        """Make room for that many more transitions. Raises UserError.
 
         It replaces the tensors, so call it before a CUDA graph is captured.
         """
@@ -198,7 +198,7 @@ class Dataset:
                 setattr(self, name, extend(getattr(self, name), 2 * num_transitions))
             self.rows = extend(self.rows, num_transitions)
         except RuntimeError as error:  # of torch, on a CPU
-            raise MemoryError(f"no memory for {num_transitions} online steps: {error}") from None
+            raise UserError(f"no memory for {num_transitions} online steps: {error}") from None
 
     def append(self, observation, action, reward, mask, next_observation, done):
         """Add the next step of the last episode or, if that one is done, the first of a new one.
@@ -301,8 +301,8 @@ def read_ogbench_file(path):
             if "actions" in file and file["actions"].dtype.kind != "f":
                 raise ValueError(f"actions are {file['actions'].dtype}, must be floating point")
         # OGBench computes rewards from the positions; what was collected online has its own.
-        basis = {"qpos"} if "qpos" in names else {"rewards", "masks"}
-        missing = ({"observations", "actions", "terminals"} | basis) - names
+        required = {"qpos"} if "qpos" in names else {"rewards", "masks"}
+        missing = ({"observations", "actions", "terminals"} | required) - names
         if missing:
             raise ValueError(
                 f"has no {', '.join(sorted(missing))}, only {', '.join(sorted(names))}"
@@ -686,7 +686,7 @@ def restore_generator(generator, state, seed):
 
 
 def print_changes(before, now):
-    """Print which settings of a resumed run are others than before (name -> value)."""
+    """Print which settings of a resumed run have changed (name -> value)."""
     for name, value in now.items():
         is_same = json.dumps(before.get(name)) == json.dumps(value)
         if not is_same and name not in ("resume", "start_or_resume"):
@@ -706,7 +706,7 @@ def git_commit():
 def start_wandb(folder, config, wandb_id=None):
     """A Weights & Biases run; project and entity come from WANDB_PROJECT and WANDB_ENTITY.
 
-    wandb_id: of the run to go on with; None begins one.
+    wandb_id: of the run to continue; None starts a new one.
     """
     try:
         import wandb
@@ -716,19 +716,6 @@ def start_wandb(folder, config, wandb_id=None):
         return wandb.init(name=folder.name, id=wandb_id, dir=folder, config=config, resume="allow")
     except wandb.errors.Error as error:
         raise UserError(f"--track: {error}") from None
-
-
-def make_new_folder(path):
-    """Create the folder `path` or, where there is one, path-2, path-3 and so on; returns it."""
-    folder = path
-    number = 1
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:  # of a run that began in the same second
-            number += 1
-            folder = path.with_name(f"{path.name}-{number}")
 
 
 def cut_rows(path, step):
@@ -751,10 +738,10 @@ def read_columns(path):
 class Run:
     """The folder of a run: config.json, train.csv, eval.csv, curve.png, checkpoint.pt and more.
 
-    folder: a number is added to its name if it exists. resume: it is the folder itself, that of an
-    earlier run if there is one. config: dict that JSON can hold; `script` is the name of the file
-    that trains, `args` its settings. lock_seconds: how long to wait for an earlier process that
-    still writes there. Use it in a with statement. Raises UserError.
+    folder: must not exist yet. resume: it may exist, and a run in it is continued. config: dict
+    that JSON can hold; `script` is the name of the file that trains, `args` its settings.
+    lock_seconds: how long to wait for an earlier process that still writes there. Use it in a with
+    statement. Raises UserError.
     """
 
     def __init__(self, folder, config, resume=False, track=False, lock_seconds=0):
@@ -774,10 +761,7 @@ class Run:
             versions={package: version(package) for package in packages},
         )
         with disk_errors(self.folder):
-            if resume:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            else:
-                self.folder = make_new_folder(self.folder)
+            self.folder.mkdir(parents=True, exist_ok=resume)
             self.lock = FileLock(self.folder / ".lock", timeout=lock_seconds)
             try:
                 self.lock.acquire()
@@ -832,7 +816,7 @@ class Run:
     def show_progress(self, step, total, unit):
         """Show a progress bar of `total` units (updates, say), of which `step` are done.
 
-        A line a minute if the output is no terminal.
+        One line per minute if the output is not a terminal.
         """
         interval = 1 if sys.stderr.isatty() else 60
         self.bar = tqdm(
@@ -873,7 +857,7 @@ class Run:
             if key.endswith("_loss") and not np.isfinite(value):
                 hint = "start a new run with a lower learning rate"
                 raise UserError(f"step {row['step']}: {key} is {value}; {hint}")
-            is_score = name == "eval.csv" and key in ("success", "return") and value == value
+            is_score = name == "eval.csv" and key in ("success", "return") and not np.isnan(value)
             if key.endswith("_loss") or is_score:
                 self.shown[key.removesuffix("_loss")] = f"{value:.3g}"
         if self.bar:

@@ -1031,10 +1031,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's signal: like Ctrl-C
     try:
         main()
-    except (common.UserError, MemoryError, RuntimeError) as error:
-        lacks_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if isinstance(error, RuntimeError) and not lacks_memory:
-            raise
+    except common.UserError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

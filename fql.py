@@ -2,8 +2,8 @@
 
 A flow policy turns noise x_0 ~ N(0, I) into an action x_1 by following a velocity field v(s, x, t)
 from t = 0 to t = 1. Imitating the dataset is a regression problem, called flow matching. The direct
-way to improve on it is to differentiate Q through every step of the solver, which is costly and
-unstable.
+way to improve on it is to differentiate Q through every step of the solver, which costs memory and
+can be unstable.
 
 FQL avoids this. The flow only imitates. A second network mu(s, z) maps noise to an action in one
 step, and this is the policy: the flow teaches it to stay close to the data, the critic to improve,
@@ -17,8 +17,8 @@ noise, x_1 an action of the dataset and x_t = (1 - t) x_0 + t x_1, the three net
 The arrow means: is trained towards. With chunks of h actions (--horizon; Q-chunking,
 https://arxiv.org/abs/2507.07969), r is their discounted sum and the discount is discount^h.
 
-With --online-steps, training then goes on in the environment: before each update the policy takes
-one step, which joins the dataset.
+With --online-steps, training continues in the environment: before each update the policy takes one
+step, which is added to the dataset.
 
 Park, Li, Levine: Flow Q-Learning, ICML 2025, https://arxiv.org/abs/2502.02538
 
@@ -87,9 +87,9 @@ class Args:
     flow_steps: int = 10
     """K, number of Euler steps from noise to action"""
     q_agg: Literal["mean", "min"] = "mean"
-    """how the critics' ensemble is aggregated in the targets, and Q-Flow's value in its loss"""
+    """how the critics are aggregated in the targets; the policy's loss takes their mean"""
     num_critics: int = 2
-    """size of the ensemble of critics, and of Q-Flow's values"""
+    """size of the ensemble of critics"""
     rho: float = 0.0
     """pessimism: the targets are mean - rho * std of the target critics; needs --q-agg mean"""
     horizon: int = 1
@@ -118,8 +118,8 @@ class Args:
     """high: TF32 on CUDA, float32 on CPUs; medium: faster on AMD CPUs without bfloat16 units"""
 
 
-# Defaults by the beginning of --env, the paper's; for pointmaze our own, small enough for a laptop.
-# All keys that match apply, later ones over earlier ones.
+# Defaults per environment, from the paper (pointmaze: our own, small enough for a laptop). Keys are
+# regular expressions for the beginning of --env; later matches override earlier ones.
 SETTINGS = {
     "pointmaze": dict(
         alpha=16.0,
@@ -215,7 +215,7 @@ class Velocity(nn.Module):
         self.mlp = MLP(obs_dim + action_dim + 1, hidden, action_dim)
 
     def forward(self, obs, x, t):
-        return self.mlp(torch.cat([obs, x, t], -1)).squeeze(0)
+        return self.mlp(torch.cat([obs, x, t], -1)).squeeze(0)  # an ensemble of one
 
 
 class OneStep(nn.Module):
@@ -226,7 +226,7 @@ class OneStep(nn.Module):
         self.mlp = MLP(obs_dim + action_dim, hidden, action_dim)
 
     def forward(self, obs, z):
-        return self.mlp(torch.cat([obs, z], -1)).squeeze(0)
+        return self.mlp(torch.cat([obs, z], -1)).squeeze(0)  # an ensemble of one
 
 
 class Networks(nn.Module):
@@ -307,7 +307,7 @@ def td_target(nets, batch, z, args):
 
 
 # Each loss function returns the loss and what to log. Logged names that end in _loss are plotted
-# and have to stay finite.
+# and must stay finite.
 
 
 def critic_loss(nets, batch, target):
@@ -442,7 +442,7 @@ def train(args, dataset, env, eval_env, run):
     optimizer = make_optimizer(nets, args)
     loss_fn = torch.compile(total_loss, fullgraph=True) if args.compile else total_loss
 
-    step = 0  # one update each; in the online phase, after one step in the environment
+    step = 0  # updates so far; online, each follows one step in the environment
     last_step = args.offline_steps + args.online_steps
     checkpoint = run.restore(nets)
     if checkpoint:
@@ -680,10 +680,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's signal: like Ctrl-C
     try:
         main()
-    except (common.UserError, MemoryError, RuntimeError) as error:
-        lacks_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if isinstance(error, RuntimeError) and not lacks_memory:
-            raise
+    except common.UserError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -2,8 +2,8 @@
 
 A flow policy turns noise x_0 ~ N(0, I) into an action x_1 by following a velocity field v(s, x, t)
 from t = 0 to t = 1. Imitating the dataset is a regression problem, called flow matching. The direct
-way to improve on it is to differentiate Q through every step of the solver, which is costly and
-unstable.
+way to improve on it is to differentiate Q through every step of the solver, which costs memory and
+can be unstable.
 
 Q-Flow avoids this. The flow is deterministic, so a point x_t on the way has exactly the value of
 the action at its end. A network V(s, x_t, t) learns this value, and its gradient with respect to
@@ -17,8 +17,8 @@ notation, with x_0 noise, x_1 an action of the dataset and x_t = (1 - t) x_0 + t
 The arrow means: is trained towards. With chunks of h actions (--horizon; Q-chunking,
 https://arxiv.org/abs/2507.07969), r is their discounted sum and the discount is discount^h.
 
-With --online-steps, training then goes on in the environment: before each update the policy takes
-one step, which joins the dataset.
+With --online-steps, training continues in the environment: before each update the policy takes one
+step, which is added to the dataset.
 
 Doo, Jeon, Ye, Lee, Seo: Q-Flow: Stable and Expressive Reinforcement Learning with Flow-Based
 Policy, ICML 2026, https://arxiv.org/abs/2605.13435
@@ -85,9 +85,9 @@ class Args:
     flow_steps: int = 10
     """K, number of Euler steps from noise to action"""
     q_agg: Literal["mean", "min"] = "mean"
-    """how the critics' ensemble is aggregated in the targets, and Q-Flow's value in its loss"""
+    """how the ensembles are aggregated: the critics in the targets, V in its own loss"""
     num_critics: int = 2
-    """size of the ensemble of critics, and of Q-Flow's values"""
+    """size of the ensembles of critics and of V"""
     rho: float = 0.0
     """pessimism: the targets are mean - rho * std of the target critics; needs --q-agg mean"""
     horizon: int = 1
@@ -116,8 +116,8 @@ class Args:
     """high: TF32 on CUDA, float32 on CPUs; medium: faster on AMD CPUs without bfloat16 units"""
 
 
-# Defaults by the beginning of --env, the paper's; for pointmaze our own, small enough for a laptop.
-# All keys that match apply, later ones over earlier ones.
+# Defaults per environment, from the paper (pointmaze: our own, small enough for a laptop). Keys are
+# regular expressions for the beginning of --env; later matches override earlier ones.
 SETTINGS = {
     "pointmaze": dict(
         lam=4.0,
@@ -213,7 +213,7 @@ class Velocity(nn.Module):
         self.mlp = MLP(obs_dim + action_dim + 1, hidden, action_dim)
 
     def forward(self, obs, x, t):
-        return self.mlp(torch.cat([obs, x, t], -1)).squeeze(0)
+        return self.mlp(torch.cat([obs, x, t], -1)).squeeze(0)  # an ensemble of one
 
 
 class Value(nn.Module):
@@ -294,15 +294,15 @@ def aggregate(q, q_agg):
 
 
 @torch.no_grad()
-def targets(nets, batch, x0, xt, t, args):
+def targets(nets, batch, next_x0, xt, t, args):
     """Targets of the critic, r + discount^h * mask * Q'(s', a'), and of V, Q'(s, y): (B,), (B,).
 
     Q' is the mean of the target critics - rho * their population standard deviation, or the
-    minimum. The policy's flow takes x_0 to a' at s', and x_t to y at s: one rollout of 2B samples,
-    which is faster than two of B.
+    minimum. The policy's flow takes next_x0 to a' at s', and x_t to y at s: one rollout of 2B
+    samples, which is faster than two of B.
     """
     obs = torch.cat([batch.next_observations, batch.observations])
-    start_x = torch.cat([x0, xt])
+    start_x = torch.cat([next_x0, xt])
     start_t = torch.cat([torch.zeros_like(t), t])
     actions = rollout(nets.velocity, obs, start_x, start_t, args.flow_steps)  # a' and y
     qs = nets.target_critic(obs, actions)
@@ -324,11 +324,11 @@ def guidance(value, obs, xt, t):
     def total_value(x):  # summed over the batch: each sample has the gradient of its own value
         return value(obs, x, t).mean(0).sum()
 
-    return torch.func.grad(total_value)(xt)
+    return torch.func.grad(total_value)(xt)  # works within no_grad, too
 
 
 # Each loss function returns the loss and what to log. Logged names that end in _loss are plotted
-# and have to stay finite.
+# and must stay finite.
 
 
 def critic_loss(nets, batch, target):
@@ -339,7 +339,7 @@ def critic_loss(nets, batch, target):
 
 
 def value_loss(nets, batch, xt, t, target, args):
-    """Flow consistency: a point on the flow has the value of its end, the target (B,).
+    """Flow consistency: a path of the flow goes through (x_t, t); V is the value of its end (B,).
 
     With q_agg min, each sample trains the smallest member only. With rho, V is the plain mean: the
     pessimism is in the target.
@@ -459,7 +459,7 @@ def train(args, dataset, env, eval_env, run):
     optimizer = make_optimizer(nets, args)
     loss_fn = torch.compile(total_loss, fullgraph=True) if args.compile else total_loss
 
-    step = 0  # one update each; in the online phase, after one step in the environment
+    step = 0  # updates so far; online, each follows one step in the environment
     last_step = args.offline_steps + args.online_steps
     checkpoint = run.restore(nets)
     if checkpoint:
@@ -699,10 +699,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's signal: like Ctrl-C
     try:
         main()
-    except (common.UserError, MemoryError, RuntimeError) as error:
-        lacks_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if isinstance(error, RuntimeError) and not lacks_memory:
-            raise
+    except common.UserError as error:
         print(f"{Path(__file__).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -33,7 +33,7 @@ FLAGS_OF_FLOW_SAC = set(
     "log_interval".split()
 )
 DIFFERENT_FLAGS = {
-    ("qflow", "fql"): set(),
+    ("qflow", "fql"): {"q_agg", "num_critics"},
     ("qflow", "flow_sac"): FLAGS_OF_FLOW_SAC,
     ("fql", "flow_sac"): FLAGS_OF_FLOW_SAC,
 }
