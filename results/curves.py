@@ -1,13 +1,20 @@
-"""One picture of the evaluations of several runs.
+"""One picture of the evaluations of several runs, also beside published curves.
 
     python results/curves.py results/antmaze-large/*-seed0 --column success --out success.png
     python results/curves.py results/halfcheetah/* --mean --out results/halfcheetah/returns.png
+    python results/curves.py runs/* --published qc --method QC-FQL --out published.png
 
 With --mean, runs whose folders differ in -seedN only are one line, their mean, with the 95%
 bootstrap interval of the mean around it; a table of both is printed.
+
+With --published, the picture has a panel for each task of the runs: success by step, the published
+curve of --method as a line with a band, the runs as points with the 95% Wilson intervals of their
+episodes. A table of the steps that both have is printed. results/published says what the band is.
 """
 
 import csv
+import difflib
+import math
 import re
 import sys
 from pathlib import Path
@@ -15,9 +22,25 @@ from pathlib import Path
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from evaluate import wilson  # noqa: E402
 from table import summarise  # noqa: E402
+
+import common  # noqa: E402
+
+PUBLISHED = Path(__file__).parent / "published"
+
+# OGBench's default task of an environment, by the beginning of its name; elsewhere it is task 1.
+DEFAULT_TASKS = {"cube": 2, "scene": 2, "puzzle-3x3": 4, "puzzle-4x4": 4, "antsoccer": 4}
+
+# The columns of a published file's band, and what they are.
+BANDS = {
+    ("ci95_low", "ci95_high"): "95% interval of the mean",
+    ("lowest", "highest"): "lowest to highest seed",
+}
 
 
 def read(folder, column):
@@ -37,14 +60,166 @@ def draw_mean(axes, name, runs):
         print(f"| {name} | {step} | {mean:.4g} | {low:.4g} to {high:.4g} |")
 
 
+# ------------------------------------------------------------------------ beside published curves
+
+
+def short_name(task):
+    """puzzle-3x3-play-singletask-task1-v0 -> puzzle-3x3-play-task1"""
+    return task.removesuffix("-v0").replace("-singletask", "")
+
+
+def task_of(folder):
+    """The short name of a run's task, with the number of a default task. Raises UserError."""
+    args = common.read_config(folder)["args"]
+    full_name, _, _ = common.resolve_task(args["env"], args["task"])
+    name = short_name(full_name)
+    if re.search(r"-task\d$", name):
+        return name
+    number = 1
+    for beginning, default in DEFAULT_TASKS.items():
+        if name.startswith(beginning):
+            number = default
+    return f"{name}-task{number}"
+
+
+def choose(flag, name, names, path):
+    """`name`, if it is one of `names`. Raises UserError."""
+    if name not in names:
+        closest = ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0))
+        raise common.UserError(f"{flag} {name}: not in {path}; closest: {closest}")
+    return name
+
+
+def read_published(path):
+    """Curves {(task, method): {step: (mean, low, high)}}, in percent, and what low and high are.
+
+    Raises UserError.
+    """
+    try:
+        with open(path) as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise common.UserError(f"--published {path}: {error.strerror}") from None
+    given = set(rows[0]) if rows else set()
+    bands = [band for band in BANDS if {"task", "method", "step", "mean", *band} <= given]
+    if not bands:
+        wanted = " or ".join(" and ".join(band) for band in BANDS)
+        columns = f"task, method, step, mean, and {wanted}"
+        raise common.UserError(f"--published {path}: its columns must be {columns}")
+    low, high = bands[0]
+    curves = {}
+    for row in rows:
+        curve = curves.setdefault((short_name(row["task"]), row["method"]), {})
+        curve[int(row["step"])] = (float(row["mean"]), float(row[low]), float(row[high]))
+    return curves, BANDS[low, high]
+
+
+def read_success(folder):
+    """A run's success by step: {step: (rate, low, high)}, in percent, with Wilson's interval."""
+    success = read(folder, "success")
+    episodes = read(folder, "episodes")
+    points = {}
+    for step, rate in success.items():
+        low, high = wilson(rate, episodes[step])
+        points[step] = (100 * rate, 100 * low, 100 * high)
+    return points
+
+
+def print_comparison(task, curves, runs):
+    """Rows of a Markdown table: every step of a run that a published curve has too."""
+    for method, curve in curves.items():
+        for folder, points in runs.items():
+            for step in sorted(curve.keys() & points.keys()):
+                mean, low, high = curve[step]
+                rate, run_low, run_high = points[step]
+                inside = "yes" if low <= rate <= high else "no"
+                published = f"{method} | {step:,} | {mean:.1f} | {low:.1f} to {high:.1f}"
+                ours = f"{folder.name} | {rate:.0f} | {run_low:.0f} to {run_high:.0f}"
+                print(f"| {task} | {published} | {ours} | {inside} |")
+
+
+def draw_panel(axes, task, curves, runs, band):
+    """Published curves (method -> {step: (mean, low, high)}) and runs (folder -> the same)."""
+    for method, curve in curves.items():
+        steps = sorted(curve)
+        mean, low, high = np.array([curve[step] for step in steps]).T
+        (line,) = axes.plot(steps, mean, ".-", label=f"{method}, published: mean, {band}")
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    for folder, points in runs.items():
+        steps = sorted(points)
+        rate, low, high = np.array([points[step] for step in steps]).T
+        # A run's folder is named after its task first, which is the panel's title.
+        label = folder.name.split("__", 1)[-1]
+        (line,) = axes.plot(steps, rate, "o:", linewidth=1, label=label)
+        axes.vlines(steps, low, high, color=line.get_color())
+    axes.set(title=task, xlabel="step", ylabel="success in %", ylim=(-3, 103))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if runs:
+        axes.set_xlim(0, 1.05 * max(max(points) for points in runs.values()))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), fontsize="small")
+    axes.grid(alpha=0.3)
+
+
+def compare(folders, out, published, task, method):
+    """Draw the runs beside the published curves. Raises UserError."""
+    path = Path(published) if published.endswith(".csv") else PUBLISHED / f"{published}.csv"
+    curves, band = read_published(path)
+    tasks = sorted({name for name, _ in curves})
+    methods = sorted({name for _, name in curves})
+    if not method:
+        raise common.UserError(f"--published needs --method, one or more of {', '.join(methods)}")
+    for name in method:
+        choose("--method", name, methods, path)
+    panels = {}  # task -> folder -> {step: (rate, low, high)}
+    for name in task:
+        panels[choose("--task", short_name(name), tasks, path)] = {}
+    for folder in folders:
+        if (folder / "eval.csv").is_file():
+            name = choose(f"{folder}:", task_of(folder), tasks, path)
+            if task and name not in panels:
+                raise common.UserError(f"{folder}: its task {name} is not among those of --task")
+            panels.setdefault(name, {})[folder] = read_success(folder)
+    if not panels:
+        raise common.UserError("none of the folders has an evaluated run (eval.csv)")
+
+    columns = min(len(panels), 3)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(5 * columns, 5 * rows), layout="constrained")
+    print(f"| task | published | step | mean | {band} | run | success | 95% | in the band |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for number, (name, runs) in enumerate(sorted(panels.items()), start=1):
+        published_here = {key: curves[name, key] for key in method}
+        draw_panel(figure.add_subplot(rows, columns, number), name, published_here, runs, band)
+        print_comparison(name, published_here, runs)
+    figure.savefig(out)
+
+
+# ------------------------------------------------------------------------------------------ main
+
+
 def main(
     folders: tyro.conf.Positional[tuple[Path, ...]],
     out: Path,
     column: str = "return",
     mean: bool = False,
     switch: int = 0,
+    published: str = "",
+    task: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    method: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
 ):
-    """folders: of runs; out: the picture; column: of eval.csv; switch: a step to mark."""
+    """folders: of runs; out: the picture.
+
+    Args:
+        column: of eval.csv
+        mean: one line for the seeds of a group
+        switch: a step to mark
+        published: qc, qam (files in results/published) or another csv file with their columns
+        task: of the published file, repeatable; default: the tasks of the runs
+        method: of the published file, repeatable
+    """
+    if published:
+        compare(folders, out, published, task, method)
+        return
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     groups = {}
@@ -66,4 +241,8 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    try:
+        tyro.cli(main, description=__doc__)
+    except common.UserError as error:
+        print(f"curves.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

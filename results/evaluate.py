@@ -53,20 +53,28 @@ def import_script(name):
     raise common.UserError(f"{name}, the run's script, is neither in {ROOT} nor in {Path.cwd()}")
 
 
+def wilson(rate, episodes):
+    """The 95% interval of a success rate (Wilson, 1927), which is never empty, even at 0 and 1."""
+    z = 1.96
+    n = episodes
+    centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
+    return centre - half, centre + half
+
+
 def print_intervals(results):
     """Print the mean of each result and its 95% interval; for the success rate it is Wilson's."""
-    z = 1.96
     for name, values in results.items():
         n = len(values)
         mean = values.mean()
         if name == "success":
-            centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
-            half = z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
+            low, high = wilson(mean, n)
         else:
-            centre = mean
-            half = z * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+            half = 1.96 * values.std(ddof=1) / math.sqrt(n) if n > 1 else math.inf
+            low = mean - half
+            high = mean + half
         if not np.isnan(mean):
-            print(f"{name} {mean:.4g} (95%: {centre - half:.4g} to {centre + half:.4g})")
+            print(f"{name} {mean:.4g} (95%: {low:.4g} to {high:.4g})")
 
 
 def record_video(policy, env, seed, path):

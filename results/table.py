@@ -1,6 +1,7 @@
 """One table of finished runs: a row for each environment, task, method and settings.
 
     python results/table.py runs/* --out table.csv
+    python results/table.py runs/* --over-tasks
 
 A run's score is the mean of its last three evaluations, as in the papers: the success rate or,
 where the environment has no success, the return. The interval is the 95% bootstrap interval of the
@@ -8,6 +9,11 @@ mean over seeds. "settings" lists only those that differ from the script's defau
 environment. Prints Markdown. What is left out is named on stderr: folders without a run, unfinished
 runs, and of two runs with the same settings and seed the one that was evaluated first. Rows whose
 runs had different datasets are named there too.
+
+With --over-tasks, a second table has a row for each method: over all its tasks and seeds, the
+interquartile mean and its 95% stratified bootstrap interval, as rliable (https://arxiv.org/abs/2108.13264)
+defines them. Only success rates are pooled. A method needs at least two tasks, the same number of
+seeds in each, and one setting and number of steps in each, which may differ between tasks.
 """
 
 import csv
@@ -140,13 +146,67 @@ def summarise(scores):
     return mean, *result.confidence_interval
 
 
+def summarise_tasks(tasks):
+    """Interquartile mean of all scores, and its 95% stratified bootstrap interval.
+
+    tasks: an array (seeds,) of scores for each task. The interquartile mean leaves out the lowest
+    and the highest quarter of all scores of all tasks. A bootstrap sample draws, with replacement,
+    each task's seeds from that task's. The interval is (nan, nan) for a single seed.
+    """
+    tasks = np.array(tasks)
+    mean = scipy.stats.trim_mean(tasks, 0.25, axis=None)
+    num_tasks, num_seeds = tasks.shape
+    if num_seeds == 1:
+        return mean, np.nan, np.nan
+    rng = np.random.default_rng(0)
+    seeds = rng.integers(num_seeds, size=(20_000, num_tasks, num_seeds))
+    samples = tasks[np.arange(num_tasks)[:, None], seeds].reshape(20_000, -1)
+    means = scipy.stats.trim_mean(samples, 0.25, axis=1)
+    return mean, *np.percentile(means, [2.5, 97.5])
+
+
+def print_over_tasks(groups):
+    """The table of --over-tasks; groups: see `main`."""
+    methods = {}  # method -> (environment, task) -> scores, one array for each settings and steps
+    for (environment, task, method, _, _, has_success), runs in groups.items():
+        if has_success:
+            scores = [score for _, score, _ in runs.values()]
+            methods.setdefault(method, {}).setdefault((environment, task), []).append(scores)
+    print("\n| method | tasks | seeds | interquartile mean | 95% |")
+    print("| --- | --- | --- | --- | --- |")
+    for method, tasks in sorted(methods.items()):
+        several = [" ".join(name) for name, rows in tasks.items() if len(rows) > 1]
+        counts = sorted({len(scores) for rows in tasks.values() for scores in rows})
+        if several:
+            reason = f"several settings or numbers of steps in {several[0]}: pass the runs of one"
+        elif len(counts) > 1:
+            reason = f"its tasks have from {counts[0]} to {counts[-1]} seeds"
+        elif len(tasks) == 1:
+            reason = "one task only"
+        else:
+            mean, low, high = summarise_tasks([scores for (scores,) in tasks.values()])
+            interval = "" if np.isnan(low) else f"{low:.1f}% to {high:.1f}%"
+            print(f"| {method} | {len(tasks)} | {counts[0]} | {mean:.1f}% | {interval} |")
+            continue
+        print(f"left out over tasks: {method}: {reason}", file=sys.stderr)
+
+
 def evaluated_at(folder):
     """When a run was last evaluated, in seconds."""
     return (folder / "eval.csv").stat().st_mtime
 
 
-def main(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = None):
-    """folders: of runs; out: also write the table there, as CSV."""
+def main(
+    folders: tyro.conf.Positional[tuple[Path, ...]],
+    out: Path | None = None,
+    over_tasks: bool = False,
+):
+    """folders: of runs.
+
+    Args:
+        out: also write the table there, as CSV
+        over_tasks: also print a table over the tasks of each method
+    """
     groups = {}  # what a row is for -> seed -> (folder, score, dataset)
     for folder in sorted(folders, key=lambda folder: folder.name):
         try:
@@ -184,6 +244,8 @@ def main(folders: tyro.conf.Positional[tuple[Path, ...]], out: Path | None = Non
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
             writer.writerows(table)
+    if over_tasks:
+        print_over_tasks(groups)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""results/table.py on runs of known scores, and on what it has to leave out."""
+"""results/table.py on runs of known scores, on what it has to leave out, and over tasks."""
 
 import csv
 import json
@@ -166,3 +166,75 @@ def test_what_is_left_out_is_named(runs, make_table):
     assert "no_args: no settings in config.json" in errors
     assert "nothing: No such file or directory" in errors
     assert len(errors.splitlines()) == 6
+
+
+# ------------------------------------------------------------------------------------- over tasks
+
+# Scores (tasks, seeds), and what rliable 1.2.0 gives for them: aggregate_iqm, and the interval of
+# get_interval_estimates with 50,000 resamples (arch 7.2, which imports with pandas 2.3.3 only).
+SCORES_1 = [[97, 90, 100], [69, 74, 52], [11, 30, 18], [22, 2, 40], [0, 0, 6], [84, 49, 64]]
+SCORES_2 = [
+    [91.0, 85.7, 84.4, 71.4, 85.6],
+    [58.9, 62.9, 49.9, 58.2, 57.5],
+    [25.1, 30.4, 15.0, 10.0, 23.3],
+    [35.8, 42.6, 35.3, 29.1, 43.3],
+]
+
+
+@pytest.mark.parametrize(
+    "tasks, expected", [(SCORES_1, (42.9, 35.7, 50.3)), (SCORES_2, (47.48, 44.48, 50.21))]
+)
+def test_over_tasks_is_what_rliable_gives(tasks, expected):
+    mean, low, high = table.summarise_tasks(tasks)
+    assert np.isclose(mean, expected[0])
+    assert np.allclose((low, high), expected[1:], rtol=0, atol=0.25)  # other random draws
+
+
+def test_the_interquartile_mean_leaves_out_a_quarter_of_all_scores_at_each_end():
+    mean, low, high = table.summarise_tasks([[0.0], [10.0], [30.0], [100.0]])
+    assert mean == 20
+    assert np.isnan(low) and np.isnan(high)  # one seed says nothing about seeds
+
+
+def test_seeds_are_drawn_within_their_task():
+    tasks = [[1.0] * 5, [50.0] * 5, [60.0] * 5, [99.0] * 5]
+    assert table.summarise_tasks(tasks) == (55, 55, 55)
+
+
+def write_tasks(runs, script, scores, name, **settings):
+    """Runs of puzzle-3x3; scores: {task: success of each seed}."""
+    for task, seeds in scores.items():
+        for seed, score in enumerate(seeds):
+            own = dict(env="puzzle-3x3-play-v0", task=task, seed=seed, offline_steps=100)
+            folder = runs / f"{name}-{task}-{seed}"
+            write_run(folder, script, [score], **{**own, **settings})
+
+
+def test_the_table_over_tasks(runs, capsys):
+    scores = {1: [0.97, 0.9, 1.0], 2: [0.69, 0.74, 0.52], 3: [0.11, 0.3, 0.18]}
+    write_tasks(runs, qflow, scores, "qflow")
+    write_tasks(runs, qflow, {4: [0.22, 0.02, 0.4]}, "lam", lam=3.0)  # tasks may differ in it
+    write_tasks(runs, fql, {1: [0.5]}, "one")
+    write_run(runs / "returns", flow_sac, [-150], **flow_sac.SETTINGS["Pendulum"])
+    table.main(tuple(runs.iterdir()), over_tasks=True)
+    printed = capsys.readouterr()
+    tasks = [[97, 90, 100], [69, 74, 52], [11, 30, 18], [22, 2, 40]]
+    mean, low, high = table.summarise_tasks(tasks)
+    assert printed.out.split("\n\n")[1].splitlines() == [
+        "| method | tasks | seeds | interquartile mean | 95% |",
+        "| --- | --- | --- | --- | --- |",
+        f"| Q-Flow | 4 | 3 | {mean:.1f}% | {low:.1f}% to {high:.1f}% |",
+    ]
+    assert printed.err == "left out over tasks: FQL: one task only\n"
+
+
+def test_what_cannot_be_pooled_is_named(runs, capsys):
+    write_tasks(runs, qflow, {1: [0.1, 0.2], 2: [0.3]}, "qflow")
+    write_tasks(runs, fql, {1: [0.5], 2: [0.6]}, "fql")
+    write_tasks(runs, fql, {2: [0.7]}, "alpha", alpha=3.0)
+    table.main(tuple(runs.iterdir()), over_tasks=True)
+    reason = "several settings or numbers of steps in puzzle-3x3-play-v0 2: pass the runs of one"
+    assert capsys.readouterr().err.splitlines() == [
+        f"left out over tasks: FQL: {reason}",
+        "left out over tasks: Q-Flow: its tasks have from 1 to 2 seeds",
+    ]

@@ -1,0 +1,150 @@
+"""results/curves.py beside published curves: which task, which numbers, which mistakes."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import gymnasium
+import pytest
+import tyro
+from PIL import Image
+
+import common
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "results"))
+import curves  # noqa: E402
+
+PUZZLE = "puzzle-3x3-play-v0"
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    """A function (name, task, {step: success of 50 episodes}) -> folder of a run."""
+
+    def make(name, task, success, env=PUZZLE):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = dict(script="fql.py", args=dict(env=env, task=task))
+        (folder / "config.json").write_text(json.dumps(config))
+        rows = ["step,episodes,success,return,length"]
+        rows += [f"{step},50,{rate},-1,9" for step, rate in success.items()]
+        (folder / "eval.csv").write_text("\n".join(rows) + "\n")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def call(tmp_path, capsys):
+    """A function: curves.py with these words; the rows of the printed table."""
+
+    def run(*words):
+        out = tmp_path / "out.png"
+        tyro.cli(curves.main, args=[*map(str, words), "--out", str(out)])
+        lines = capsys.readouterr().out.splitlines()
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+    return run
+
+
+def test_a_run_beside_the_published_curve(call, make_run):
+    run = make_run("task1", 1, {50_000: 0.5, 100_000: 0.98})
+    header, _, row = call("--published", "qc", "--method", "QC-FQL", run)
+    assert header[4] == "95% interval of the mean"
+    with open(ROOT / "results/published/qc.csv") as file:
+        (published,) = [
+            line
+            for line in csv.DictReader(file)
+            if line["task"] == "puzzle-3x3-play-task1"
+            and line["method"] == "QC-FQL"
+            and line["step"] == "100000"
+        ]
+    mean, low, high = (float(published[name]) for name in ("mean", "ci95_low", "ci95_high"))
+    assert row[:4] == ["puzzle-3x3-play-task1", "QC-FQL", "100,000", f"{mean:.1f}"]
+    # 49 of 50, with Wilson's interval as of scipy.stats.binomtest(49, 50).proportion_ci.
+    assert row[4:] == [f"{low:.1f} to {high:.1f}", "task1", "98", "90 to 100", "yes"]
+
+
+def test_what_is_outside_the_band_is_said_to_be(call, make_run):
+    run = make_run("task1", 1, {100_000: 0.5})
+    _, _, row = call("--published", "qc", "--method", "QC-FQL", run)
+    assert row[-1] == "no"
+
+
+def test_each_task_has_a_panel_and_its_own_numbers(call, make_run, tmp_path):
+    runs = [make_run(f"task{task}", task, {50_000: 0.1 * task}) for task in (1, 2, 4)]
+    default = make_run("default", 0, {50_000: 0.9})  # task 4
+    unevaluated = make_run("unevaluated", 1, {})
+    (unevaluated / "eval.csv").unlink()
+    words = ["--published", "qam", "--method", "FQL", "--method", "FBRAC"]
+    _, _, *rows = call(*words, *runs, default, unevaluated)
+    found = {(row[0][-1], row[1], row[5]) for row in rows}
+    expected = {("4", method, "default") for method in ("FQL", "FBRAC")}
+    for task in "124":
+        expected |= {(task, method, f"task{task}") for method in ("FQL", "FBRAC")}
+    assert found == expected and len(rows) == 8
+    three = Image.open(tmp_path / "out.png").size
+    call(*words, runs[0])
+    one = Image.open(tmp_path / "out.png").size
+    assert three == (3 * one[0], one[1])
+
+
+def test_the_task_may_be_given_as_the_files_or_the_scripts_have_it(call, make_run):
+    run = make_run("task2", 2, {100_000: 0.5})
+    for task in ("puzzle-3x3-play-task2", "puzzle-3x3-play-singletask-task2-v0"):
+        _, _, row = call("--published", "qc", "--task", task, "--method", "FQL", run)
+        assert row[0] == "puzzle-3x3-play-task2"
+    _, _, *rows = call("--published", "qc", "--task", task, "--method", "FQL")
+    assert rows == []  # a picture of the published curve alone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(curves.DEFAULT_TASKS) | {"antmaze", "humanoidmaze"}))
+def test_the_default_task_is_ogbenchs(make_run, name):
+    names = [full_name for full_name in common.single_tasks() if full_name.startswith(name)]
+    full_name = min(full_name for full_name in names if "-task" not in full_name)
+    _, env_id = common.single_tasks()[full_name]
+    with gymnasium.make(env_id) as env:
+        number = env.unwrapped._reward_task_id
+    run = make_run("RUN", 0, {}, env=full_name)
+    assert curves.task_of(run).endswith(f"-task{number}")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            "--published qc --method QC-FLQ RUN",
+            "^--method QC-FLQ: not in .*qc.csv; closest: QC-FQL",
+        ),
+        (
+            "--published qc --task puzzle-3x3-play-tsk1 --method FQL RUN",
+            "^--task puzzle-3x3-play-tsk1: not in .*qc.csv; closest: puzzle-3x3-play-task1, ",
+        ),
+        ("--published qc RUN", "^--published needs --method, one or more of FQL, IFQL, QC-FQL"),
+        ("--published qd --method FQL RUN", "^--published .*qd.csv: No such file or directory"),
+        (
+            "--published RUN/eval.csv --method FQL RUN",
+            "^--published .*: its columns must be task, ",
+        ),
+        (
+            "--published qc --task scene-play-task1 --method FQL RUN",
+            "RUN: its task puzzle-3x3-play-task1 is not among those of --task",
+        ),
+        ("--published qc --method FQL", "^none of the folders has an evaluated run"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(call, make_run, words, message):
+    run = make_run("RUN", 1, {100_000: 0.5})
+    with pytest.raises(common.UserError, match=message) as caught:
+        call(*words.replace("RUN", str(run)).split())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_another_environment(call, make_run):
+    run = make_run("RUN", 1, {100_000: 0.5}, env="pointmaze-medium-navigate-v0")
+    message = "RUN: pointmaze-medium-navigate-task1: not in .*; closest: "
+    with pytest.raises(common.UserError, match=message):
+        call("--published", "qc", "--method", "FQL", run)
