@@ -1,7 +1,10 @@
-"""results/curves.py beside published curves: which task, which numbers, which mistakes."""
+"""results/curves.py beside published curves: tasks, numbers, mistakes; results/published's runs."""
 
 import csv
+import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,12 +14,15 @@ import tyro
 from PIL import Image
 
 import common
+import fql
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "results"))
 import curves  # noqa: E402
 
 PUZZLE = "puzzle-3x3-play-v0"
+SCENE = "scene-play-v0"
+ANTMAZE = "antmaze-large-navigate-v0"
 
 
 @pytest.fixture
@@ -148,3 +154,60 @@ def test_a_run_of_another_environment(call, make_run):
     message = "RUN: pointmaze-medium-navigate-task1: not in .*; closest: "
     with pytest.raises(common.UserError, match=message):
         call("--published", "qc", "--method", "FQL", run)
+
+
+# ----------------------------------------------------------------------- the runs beside the curves
+
+
+def test_the_runs_of_the_script(tmp_path, monkeypatch):
+    """Every command, recorded by a `python` that does not run it, has the published setting."""
+    recorder = tmp_path / "bin/python"
+    recorder.parent.mkdir()
+    recorder.write_text('#!/bin/bash\nprintf "%s\\n" "$*" >> "$RECORD"\n')
+    recorder.chmod(0o755)
+    environment = {**os.environ, "RECORD": str(tmp_path / "record.txt")}
+    environment["PATH"] = f"{recorder.parent}:{environment['PATH']}"
+    command = ["bash", ROOT / "results/published/runs.sh", "data and runs"]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+
+    monkeypatch.chdir(ROOT)
+    folder = str(tmp_path / "data and runs")
+    runs = {}
+    datasets = []
+    for line in (tmp_path / "record.txt").read_text().splitlines():
+        script, *words = line.replace(folder, "FOLDER").split()
+        if script.startswith("results/"):
+            tool = importlib.import_module(Path(script).stem)
+            args = tyro.cli(tool.Args, args=words)
+            datasets.append(str(args.out / f"{args.name}.npz"))
+            continue
+        module = importlib.import_module(Path(script).stem)
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        args = module.parse_args()
+        assert args.dataset == f"FOLDER/{args.env}.npz" == datasets[-1]
+        assert args.batch_size == 256 and args.lr == 3e-4 and args.flow_steps == 10
+        assert args.hidden == (512,) * 4 and args.discount == 0.99 and args.compile
+        assert (args.eval_interval, args.eval_episodes, args.seed) == (50_000, 50, 0)
+        name = args.start_or_resume.removeprefix("FOLDER/")
+        strength = args.alpha if module is fql else args.lam
+        setting = (args.sparse, args.horizon, args.num_critics, args.q_agg, args.rho)
+        runs[name] = (args.env, args.task, args.offline_steps, strength, *setting)
+
+    assert datasets == [f"FOLDER/{env}.npz" for env in (PUZZLE, SCENE, ANTMAZE)]
+    chunks = (True, 5, 2, "mean", 0.0)
+    expected = {}
+    for alpha in (100.0, 300.0):
+        name = f"puzzle-3x3-task1-fql-alpha{alpha:.0f}"
+        expected[name] = (PUZZLE, 1, 50_000, alpha, *chunks)
+    alpha = runs["puzzle-3x3-task1-fql"][3]
+    assert alpha in (100, 300)
+    for task in (1, 2, 3, 4, 5):
+        expected[f"puzzle-3x3-task{task}-fql"] = (PUZZLE, task, 100_000, alpha, *chunks)
+    for task in (1, 2, 4):
+        setting = (PUZZLE, task, 100_000, 20.0, True, 5, 2, "min", 0.0)
+        expected[f"puzzle-3x3-task{task}-qflow"] = setting
+    for task in (2, 3):
+        expected[f"scene-task{task}-fql"] = (SCENE, task, 100_000, alpha, *chunks)
+    setting = (ANTMAZE, 1, 100_000, 3.0, False, 1, 10, "mean", 0.5)
+    expected["antmaze-large-task1-fql"] = setting
+    assert list(runs.items()) == list(expected.items())  # in this order
