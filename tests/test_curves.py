@@ -73,8 +73,9 @@ def test_a_run_beside_the_published_curve(call, make_run):
     assert row[4:] == [f"{low:.1f} to {high:.1f}", "task1", "98", "90 to 100", "yes"]
 
 
-def test_what_is_outside_the_band_is_said_to_be(call, make_run):
-    run = make_run("task1", 1, {100_000: 0.5})
+@pytest.mark.parametrize("task", [1, 3])
+def test_what_is_below_or_above_the_band_is_said_to_be(call, make_run, task):
+    run = make_run("run", task, {100_000: 0.5})  # 94 to 100, 0 to 31.5 are published
     _, _, row = call("--published", "qc", "--method", "QC-FQL", run)
     assert row[-1] == "no"
 
