@@ -34,6 +34,8 @@ from tqdm import tqdm
 # Named by OGBench's maintainer in issue 49, for when the official host cannot be reached.
 MIRROR = "https://huggingface.co/datasets/zhouzypaul/ogbench_datasets/resolve/main"
 
+STACK = 3  # frames in an observation, where these are pixels
+
 
 class UserError(Exception):
     """An error the user can fix; the scripts show its message without a traceback."""
@@ -44,7 +46,7 @@ class UserError(Exception):
 
 def dataset_kinds(stem):
     """The kinds of datasets that OGBench has for an environment like antmaze-giant."""
-    if stem in ("antmaze-medium", "antmaze-large", "antmaze-teleport"):
+    if stem.removeprefix("visual-") in ("antmaze-medium", "antmaze-large", "antmaze-teleport"):
         return ["navigate", "stitch", "explore"]
     if "maze" in stem or "soccer" in stem:
         return ["navigate", "stitch"]
@@ -52,7 +54,7 @@ def dataset_kinds(stem):
 
 
 def single_tasks():
-    """OGBench's state-based single tasks: {name: (dataset name, Gymnasium id)}.
+    """OGBench's single tasks: {name: (dataset name, Gymnasium id)}.
 
     The Gymnasium id is the name without the kind of the dataset: antmaze-giant-singletask-v0 for
     antmaze-giant-navigate-singletask-v0.
@@ -60,7 +62,7 @@ def single_tasks():
     tasks = {}
     for env_id in gymnasium.registry:
         stem, separator, number = env_id.removesuffix("-v0").partition("-singletask")
-        if separator and not stem.startswith("visual-"):
+        if separator:
             for kind in dataset_kinds(stem):
                 name = f"{stem}-{kind}-singletask{number}-v0"
                 tasks[name] = (f"{stem}-{kind}-v0", env_id)
@@ -94,11 +96,45 @@ def resolve_task(env, task=0):
     return name, dataset_name, env_id
 
 
+# --------------------------------------------------------------------------------- environments
+
+
+def make_env(env_id, **options):
+    """An environment of OGBench; options: as for gymnasium.make. Raises UserError.
+
+    The visual ones need no display: on Linux they render by EGL, unless MUJOCO_GL names another
+    way. MuJoCo reads that variable once, when the first environment imports it.
+    """
+    if not env_id.startswith("visual-"):
+        return gymnasium.make(env_id, **options)
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        return gymnasium.make(env_id, **options)
+    except Exception as error:  # of MuJoCo, PyOpenGL and the drivers, a type each
+        hint = "apt-get install libegl1 libgl1-mesa-dri, or set MUJOCO_GL to glfw or osmesa"
+        raise UserError(f"{env_id}: cannot render: {error}; {hint}") from None
+
+
+def stack_frames(env):
+    """Observe the last three frames (H, W, C) as an image (H, W, 3 * C); at first, three times one.
+
+    The environment's counterpart of `Dataset.observe`.
+    """
+    height, width, channels = env.observation_space.shape
+    space = Box(0, 255, (height, width, STACK * channels), np.uint8)
+    env = gymnasium.wrappers.FrameStackObservation(env, STACK)
+    return gymnasium.wrappers.TransformObservation(env, lambda x: np.concatenate(x, -1), space)
+
+
 # -------------------------------------------------------------------------------------- dataset
 
 
 class Batch(NamedTuple):
-    """Transitions, or chunks of h consecutive actions: float32 tensors on the dataset's device."""
+    """Transitions, or chunks of h consecutive actions: float32 tensors on the dataset's device.
+
+    Of frames, the observations are stacks, uint8 (B, H, W, 3 * C).
+    """
 
     observations: torch.Tensor  # (B, O) at the first step of the chunk
     actions: torch.Tensor  # (B, h * A)
@@ -117,8 +153,56 @@ def check_arrays(arrays):
     for name, array in arrays.items():
         if lengths[name] != max(lengths.values()):
             raise ValueError(f"{name} has the wrong length, {lengths[name]}")
-        if array.dtype.kind not in "biuf" or not np.isfinite(array).all():
+        is_integer = array.dtype.kind in "biu"  # isfinite would take as much memory as the frames
+        if not is_integer and not (array.dtype.kind == "f" and np.isfinite(array).all()):
             raise ValueError(f"{name} has NaN, infinity, or no real numbers")
+
+
+def free_memory(device):
+    """Bytes that are free on a device ("cpu": the host); infinite if the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")  # of Linux
+    if not meminfo.exists():
+        return math.inf
+    return 1024 * int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1])
+
+
+def check_memory(num_bytes, device, hint=""):
+    """Raise UserError unless that many bytes, of frames, are free on the device."""
+    missing = num_bytes - free_memory(device)
+    if missing > 0:
+        needed = f"the frames take {num_bytes / 1e9:.1f} GB"
+        raise UserError(f"{needed}, of which {device} lacks {missing / 1e9:.1f} GB{hint}")
+
+
+class HostMemory:
+    """Pinned host memory in the form that torch takes for a tensor on a GPU.
+
+    The GPU's kernels then read it over the bus, so that neither a copy of the data nor the CPU is
+    involved, and an update does not wait.
+    """
+
+    def __init__(self, tensor):
+        self.tensor = tensor.pin_memory()
+        self.__cuda_array_interface__ = dict(
+            shape=tuple(tensor.shape),
+            typestr="|u1",
+            data=(self.tensor.data_ptr(), False),
+            version=3,
+        )
+
+
+def store_frames(frames, device, on_host):
+    """Frames (M, H, W, C) as a tensor for the device, uint8. Raises UserError."""
+    frames = torch.from_numpy(np.ascontiguousarray(frames))
+    if torch.device(device).type != "cuda":
+        return frames.to(device)
+    if on_host:
+        check_memory(frames.nbytes, "cpu")
+        return torch.as_tensor(HostMemory(frames), device=device)
+    check_memory(frames.nbytes, device, "; --device-data cpu keeps them in host memory")
+    return frames.to(device)
 
 
 class Dataset:
@@ -127,24 +211,30 @@ class Dataset:
     An episode of n steps has n + 1 rows; the last one only holds its last observation. Arguments
     are NumPy arrays of M rows, or of none, for `append` to add to. Raises ValueError.
 
-    observations: (M, O)
+    observations: (M, O), or frames (M, H, W, C) of type uint8, which batches stack
     actions: (M, A) in [-1, 1]
     rewards: (M,)
     masks: (M,), 0 if nothing counts after this step (solved, terminated), else 1 (also: time is up)
     valids: (M,), 0 in the last row of each episode, else 1
+    frames_on_host: keep frames in pinned host memory, not on the GPU
     """
 
     COLUMNS = ("observations", "actions", "rewards", "masks", "valids")
 
-    def __init__(self, observations, actions, rewards, masks, valids, device="cpu"):
+    def __init__(
+        self, observations, actions, rewards, masks, valids, device="cpu", frames_on_host=False
+    ):
         arrays = dict(
             observations=observations, actions=actions, rewards=rewards, masks=masks, valids=valids
         )
         check_arrays(arrays)
+        self.has_frames = observations.dtype == np.uint8 and observations.ndim == 4
         for name, array in arrays.items():
             ndim = 2 if name in ("observations", "actions") else 1
-            if array.ndim != ndim:
-                raise ValueError(f"{name} has {array.ndim} dimensions, must have {ndim}")
+            is_frames = name == "observations" and self.has_frames
+            if array.ndim != ndim and not is_frames:
+                hint = " (of frames 4, and uint8)" if name == "observations" else ""
+                raise ValueError(f"{name} has {array.ndim} dimensions, must have {ndim}{hint}")
         if len(valids) > 0 and (not np.any(valids) or valids[-1] != 0):
             raise ValueError("no transitions, or no end of an episode in the last row")
         if (np.abs(actions) > 1).any():
@@ -153,7 +243,10 @@ class Dataset:
         def to_device(array):
             return torch.as_tensor(np.asarray(array, np.float32), device=device)
 
-        self.observations = to_device(observations)
+        if self.has_frames:
+            self.observations = store_frames(observations, device, frames_on_host)
+        else:
+            self.observations = to_device(observations)
         self.actions = to_device(actions)
         self.rewards = to_device(rewards)
         self.masks = to_device(masks)
@@ -179,6 +272,12 @@ class Dataset:
     @property
     def num_episodes(self):
         return self.num_rows - self.num_transitions
+
+    @property
+    def obs_shape(self):
+        """Of an observation: (O,) or, of stacked frames, (H, W, 3 * C)."""
+        *shape, last = self.observations.shape[1:]
+        return (*shape, STACK * last) if self.has_frames else (last,)
 
     def reserve(self, num_transitions):
         """Make room for that many more transitions. Raises UserError.
@@ -242,6 +341,19 @@ class Dataset:
         self.count += len(rows)
         self.in_episode = False
 
+    def observe(self, rows):
+        """The observations of these rows (B,); of frames, stacks of the last three of the episode.
+
+        Its first frame is repeated, as in `make_env`.
+        """
+        if not self.has_frames:
+            return self.observations[rows]
+        stack = [rows]
+        for _ in range(STACK - 1):  # a row back, unless an episode ends there, as in row -1
+            stack.insert(0, stack[0] - self.valids[stack[0] - 1].long())
+        frames = self.observations[torch.stack(stack, 1)]  # (B, 3, H, W, C)
+        return frames.movedim(1, 3).flatten(3)
+
     def chunks(self, starts, horizon, discount):
         """Batch of the chunks that start at transitions `starts` (B,), at most N - horizon."""
         offsets = torch.arange(horizon, device=starts.device)
@@ -252,11 +364,11 @@ class Dataset:
         last_valid = valid.sum(1, keepdim=True).long() - 1
         last_row = rows.gather(1, last_valid).squeeze(1)
         return Batch(
-            observations=self.observations[rows[:, 0]],
+            observations=self.observe(rows[:, 0]),
             actions=self.actions[rows].flatten(1),
             rewards=(discount**offsets * valid * self.rewards[rows]).sum(1),
             masks=torch.where(valid > 0, self.masks[rows], 1.0).prod(1),
-            next_observations=self.observations[last_row + 1],
+            next_observations=self.observe(last_row + 1),
             valid=valid,
         )
 
@@ -284,6 +396,17 @@ def data_folder():
         raise UserError(f"there is no home directory; {hint}") from None
 
 
+def stores_frames(path):
+    """Whether the observations in an npz file are frames. Raises UserError if memory lacks."""
+    with zipfile.ZipFile(path) as archive, archive.open("observations.npy") as file:
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)  # no need to read it all
+    is_frames = dtype == np.uint8 and len(shape) == 4
+    if is_frames:
+        check_memory(math.prod(shape), "cpu")
+    return is_frames
+
+
 def read_ogbench_file(path):
     """The arrays of a file in OGBench's layout (name -> array), and where they are from.
 
@@ -307,7 +430,10 @@ def read_ogbench_file(path):
             raise ValueError(
                 f"has no {', '.join(sorted(missing))}, only {', '.join(sorted(names))}"
             )
-        data = ogbench.load_dataset(path, compact_dataset=True, add_info=True)
+        ob_dtype = np.uint8 if stores_frames(path) else np.float32
+        data = ogbench.load_dataset(path, ob_dtype, compact_dataset=True, add_info=True)
+    except UserError:
+        raise
     except Exception as error:  # NumPy, zipfile and OGBench raise a dozen types
         raise UserError(f"{path}: not a usable dataset: {error}") from None
     if "qpos" not in data:
@@ -323,15 +449,15 @@ def sparse_reward(reward):
     return (reward == 0) - 1.0
 
 
-def load_dataset(path, env_id, device, sparse=False):
+def load_dataset(path, env_id, device, sparse=False, frames_on_host=False):
     """A file in OGBench's layout -> (Dataset with the rewards of env_id, where the data are from).
 
     A file without positions keeps the rewards and masks that it has. sparse: the rewards become 0
-    where the mask is 0, which means solved, and -1 elsewhere, as in `sparse_reward`. Raises
-    UserError.
+    where the mask is 0, which means solved, and -1 elsewhere, as in `sparse_reward`.
+    frames_on_host: as for Dataset. Raises UserError.
     """
     data, source = read_ogbench_file(path)
-    with gymnasium.make(env_id) as env:
+    with make_env(env_id) as env:
         expected = env.observation_space.shape + env.action_space.shape
         try:
             check_arrays(data)
@@ -354,18 +480,19 @@ def load_dataset(path, env_id, device, sparse=False):
                 masks=data["masks"],
                 valids=data["valids"],
                 device=device,
+                frames_on_host=frames_on_host,
             )
         except (ValueError, IndexError, KeyError) as error:
             raise UserError(f"{path}: not a usable dataset: {error}") from None
     return dataset, source
 
 
-def get_dataset(name, env_id, source="", device="cpu", sparse=False):
+def get_dataset(name, env_id, source="", device="cpu", sparse=False, frames_on_host=False):
     """The dataset `name` with the rewards of env_id -> (Dataset, description). Raises UserError.
 
     source: an npz file or the URL of one. By default the first of these that is there: the official
     file in `data_folder()`; for pointmaze-*-navigate, one collected here; a download of the
-    official file.
+    official file. frames_on_host: as for Dataset.
     """
     folder = data_folder()
     path = folder / f"{name}.npz"
@@ -383,7 +510,7 @@ def get_dataset(name, env_id, source="", device="cpu", sparse=False):
     else:
         hosts = (ogbench.utils.DATASET_URL, MIRROR)
         make_once(path, lambda: download([f"{host}/{name}.npz" for host in hosts], path))
-    dataset, origin = load_dataset(path, env_id, device, sparse)
+    dataset, origin = load_dataset(path, env_id, device, sparse, frames_on_host)
     counts = f"{len(dataset)} transitions, {dataset.num_episodes} episodes"
     description = f"{counts}, {origin or 'no source stated, as in OGBench files'}"
     note = path.with_suffix(".source")  # of a download
@@ -615,13 +742,15 @@ def check_compiler():
 def check_env(env, dataset):
     """Raise UserError unless a step in the environment, and its spaces, are what training needs."""
     for kind, space in (("observation", env.observation_space), ("action", env.action_space)):
-        if not isinstance(space, Box) or len(space.shape) != 1:
-            raise UserError(f"the {kind} space is {space}, must be a Box of one dimension")
+        is_image = kind == "observation" and dataset.has_frames
+        if not isinstance(space, Box) or len(space.shape) != (3 if is_image else 1):
+            number = "three dimensions" if is_image else "one dimension"
+            raise UserError(f"the {kind} space is {space}, must be a Box of {number}")
     space = env.action_space
     if space.dtype.kind != "f" or (space.low != -1).any() or (space.high != 1).any():
         hint = "must be floating point from -1 to 1: see gymnasium.wrappers.RescaleAction"
         raise UserError(f"the action space is {space}, {hint}")
-    found = (tuple(dataset.observations.shape[1:]), tuple(dataset.actions.shape[1:]))
+    found = (dataset.obs_shape, tuple(dataset.actions.shape[1:]))
     expected = (env.observation_space.shape, env.action_space.shape)
     if found != expected:
         raise UserError(f"observation, action sizes: {found} in the data, {expected} in the env")

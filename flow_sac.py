@@ -886,6 +886,8 @@ def check_args(args):
         raise common.UserError("--noise-std and --acting-noise-std: give both, or none")
     if max(args.noise_std, args.acting_noise_std) > 0.5:
         raise common.UserError("--noise-std and --acting-noise-std: must be at most 0.5")
+    if args.env.startswith("visual-"):
+        raise common.UserError(f"--env {args.env}: pixels are for fql.py only")
 
 
 def get_dataset(args, env, device):

@@ -24,6 +24,7 @@ Park, Li, Levine: Flow Q-Learning, ICML 2025, https://arxiv.org/abs/2502.02538
 
     python fql.py                                     # pointmaze, on data collected on the spot
     python fql.py --env antmaze-giant-navigate-v0     # with the paper's settings
+    python fql.py --env visual-cube-single-play-singletask-task1-v0    # on pixels
     python fql.py --resume RUN --online-steps 200000  # a finished run, now online
 
 Q-Flow's second table uses --num-critics 10 --q-agg mean --rho 0.5 (humanoidmaze: 0); for cube,
@@ -64,6 +65,8 @@ class Args:
     """task of the environment, 1 to 5; 0 is OGBench's default task"""
     dataset: str = ""
     """npz file or its URL; default: the official file (pointmaze-*-navigate: collected here)"""
+    device_data: Literal["device", "cpu"] = "device"
+    """where frames of pixels are kept, 12.3 GB per million: the device, or the host's memory"""
     sparse: bool = False
     """scene and puzzle: the reward is -1 until solved, not minus the number of unsolved parts"""
     seed: int = 0
@@ -144,6 +147,16 @@ SETTINGS = {
     "scene-play": dict(alpha=300.0, q_agg="mean", discount=0.99),
     "puzzle-3x3-play": dict(alpha=1000.0, q_agg="mean", discount=0.99),
     "puzzle-4x4-play": dict(alpha=1000.0, q_agg="mean", discount=0.99),
+    # On pixels, of task 1.
+    "visual-cube-single-play": dict(
+        alpha=300.0, q_agg="mean", discount=0.99, offline_steps=500_000
+    ),
+    "visual-cube-double-play": dict(
+        alpha=100.0, q_agg="mean", discount=0.99, offline_steps=500_000
+    ),
+    "visual-scene-play": dict(alpha=100.0, q_agg="mean", discount=0.99, offline_steps=500_000),
+    "visual-puzzle-3x3-play": dict(alpha=300.0, q_agg="mean", discount=0.99, offline_steps=500_000),
+    "visual-puzzle-4x4-play": dict(alpha=300.0, q_agg="mean", discount=0.99, offline_steps=500_000),
 }
 
 
@@ -230,14 +243,23 @@ class OneStep(nn.Module):
 
 
 class Networks(nn.Module):
-    """The trainable networks and the target critic; action_dim is that of a whole chunk, h * A."""
+    """The trainable networks and the target critic; action_dim is that of a whole chunk, h * A.
+
+    obs_dim: O or, on pixels, the shape of an image; then each network begins with an encoder.
+    """
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.sizes = (obs_dim, action_dim)
-        self.critic = Critic(obs_dim, action_dim, args.hidden, args.num_critics)
-        self.velocity = Velocity(obs_dim, action_dim, args.hidden)
-        self.one_step = OneStep(obs_dim, action_dim, args.hidden)
+        on_pixels = isinstance(obs_dim, tuple)
+        input_dim = Encoder.feature_dim if on_pixels else obs_dim
+        self.critic = Critic(input_dim, action_dim, args.hidden, args.num_critics)
+        self.velocity = Velocity(input_dim, action_dim, args.hidden)
+        self.one_step = OneStep(input_dim, action_dim, args.hidden)
+        if on_pixels:
+            self.critic = OnPixels(obs_dim, self.critic)
+            self.velocity = OnPixels(obs_dim, self.velocity)
+            self.one_step = OnPixels(obs_dim, self.one_step)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
 
@@ -331,7 +353,8 @@ def policy_loss(nets, batch, z, args):
     obs = batch.observations
     actions = nets.one_step(obs, z)
     with torch.no_grad():
-        flow_actions = rollout(nets.velocity, obs, z, torch.zeros_like(z[:, :1]), args.flow_steps)
+        velocity, inputs = encode_once(nets.velocity, obs)  # states stay as they are
+        flow_actions = rollout(velocity, inputs, z, torch.zeros_like(z[:, :1]), args.flow_steps)
     distill_loss = ((actions - flow_actions) ** 2).mean()
     # The action's gradient passes through the critic; the critic's own parameters get none.
     frozen = {name: p.detach() for name, p in nets.critic.named_parameters()}
@@ -345,12 +368,131 @@ def policy_loss(nets, batch, z, args):
 
 def total_loss(nets, batch, noise, args):
     """The sum of the losses; each trains its own network only."""
+    if isinstance(noise, PixelNoise):
+        batch = augment(batch, noise.crop)
     q_target = td_target(nets, batch, noise.next_z, args)
     td_loss, q_metrics = critic_loss(nets, batch, q_target)
     fm_loss, fm_metrics = flow_loss(nets, batch, noise.flow_x0, noise.flow_t)
     pi_loss, pi_metrics = policy_loss(nets, batch, noise.policy_z, args)
     metrics = {**q_metrics, **fm_metrics, **pi_metrics}
     return td_loss + fm_loss + pi_loss, {name: x.detach() for name, x in metrics.items()}
+
+
+# --------------------------------------------------------------------------------------- pixels
+#
+# Skip this when you read about states. An observation of the visual-* tasks is an image of shape
+# (H, W, C): three frames in a row, stacked on their channels, uint8. Each network encodes it by
+# itself; the batch is augmented by small shifts, half of the time.
+
+
+class ResidualStack(nn.Module):
+    """Convolution, pooling, one residual block: (B, in, H, W) -> (B, out, H / 2, W / 2)."""
+
+    def __init__(self, in_channels, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.block = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, x):
+        x = self.conv(x)
+        # JAX's "SAME": an even size is padded at its end only, an odd one on both sides.
+        odd = (x.shape[2] % 2, x.shape[3] % 2)
+        x = F.max_pool2d(x, 3, stride=2, padding=odd, ceil_mode=True)
+        return x + self.block(x)
+
+
+class Encoder(nn.Module):
+    """Images (B, H, W, C) from 0 to 255 -> features (B, 512): the authors' small IMPALA network.
+
+    Convolutions run channels-last: this is how the frames lie in memory, so nothing is copied, and
+    what the tensor cores of a GPU read.
+    """
+
+    channels = (16, 32, 32)
+    feature_dim = 512
+
+    def __init__(self, image_shape):
+        super().__init__()
+        height, width, in_channels = image_shape
+        stacks = []
+        for channels in self.channels:
+            stacks.append(ResidualStack(in_channels, channels))
+            in_channels = channels
+            height = math.ceil(height / 2)
+            width = math.ceil(width / 2)
+        self.stacks = nn.Sequential(*stacks)
+        self.dense = nn.Linear(height * width * in_channels, self.feature_dim)
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images):
+        x = images.permute(0, 3, 1, 2) / 255
+        x = F.relu(self.stacks(x))
+        x = self.dense(x.permute(0, 2, 3, 1).flatten(1))  # in the order H, W, C
+        return F.gelu(x, approximate="tanh")
+
+
+class OnPixels(nn.Module):
+    """A network that sees images: an encoder, and a head that sees features in place of states."""
+
+    def __init__(self, image_shape, head):
+        super().__init__()
+        self.encoder = Encoder(image_shape)
+        self.head = head
+
+    def forward(self, images, *inputs):
+        return self.head(self.encoder(images), *inputs)
+
+
+def encode_once(net, obs):
+    """A network and its observations for many calls: of images, the head and their features."""
+    if isinstance(net, OnPixels):
+        return net.head, net.encoder(obs)
+    return net, obs
+
+
+class PixelNoise(NamedTuple):
+    """Noise, and offsets for `augment` from 0 to 6, (B, 2), where 3 is none."""
+
+    next_z: torch.Tensor
+    flow_x0: torch.Tensor
+    flow_t: torch.Tensor
+    policy_z: torch.Tensor
+    crop: torch.Tensor
+
+
+def add_crop(noise, generator):
+    """Noise as PixelNoise: in half of the batches, each sample has an offset of its own."""
+    device = noise.flow_t.device
+    offsets = torch.randint(7, (len(noise.flow_t), 2), device=device, generator=generator)
+    coin = torch.rand(1, device=device, generator=generator)
+    return PixelNoise(*noise, crop=torch.where(coin < 0.5, offsets, 3))
+
+
+def augment(batch, offsets):
+    """The batch with images that were padded by 3 copies of their edges and cropped at offsets.
+
+    offsets (B, 2), down and right, hold for all frames and for the next observations too.
+    """
+    b, height, width, _ = batch.observations.shape
+    device = offsets.device
+    y = torch.arange(height, device=device) + offsets[:, :1] - 3  # (B, H)
+    x = torch.arange(width, device=device) + offsets[:, 1:] - 3  # (B, W)
+    y = y.clamp(0, height - 1)[:, :, None]
+    x = x.clamp(0, width - 1)[:, None, :]
+    sample = torch.arange(b, device=device)[:, None, None]
+    return batch._replace(
+        observations=batch.observations[sample, y, x],
+        next_observations=batch.next_observations[sample, y, x],
+    )
 
 
 # --------------------------------------------------------------------------------------- update
@@ -437,6 +579,8 @@ def train(args, dataset, env, eval_env, run):
     torch.manual_seed(args.seed + 2**31)  # weights; not the seed of the noise
     generator = torch.Generator(device).manual_seed(args.seed)
     obs_dim = dataset.observations.shape[1]
+    if dataset.has_frames:
+        obs_dim = dataset.obs_shape
     action_dim = args.horizon * dataset.actions.shape[1]
     nets = Networks(obs_dim, action_dim, args).to(device)
     optimizer = make_optimizer(nets, args)
@@ -457,6 +601,8 @@ def train(args, dataset, env, eval_env, run):
     def sample_and_update():
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
         noise = sample_noise(batch.actions, generator)
+        if dataset.has_frames:
+            noise = add_crop(noise, generator)
         return update(nets, optimizer, batch, noise, args, loss_fn)
 
     if args.compile and device.type == "cuda":
@@ -534,6 +680,8 @@ def train(args, dataset, env, eval_env, run):
 def make_env(args, **options):
     """The environment of --env with actions in [-1, 1]; options: as for gymnasium.make."""
     _, _, env_id = common.resolve_task(args.env, args.task)
+    if env_id.startswith("visual-"):
+        return common.stack_frames(common.make_env(env_id, **options))
     env = gymnasium.make(env_id, **options)
     if args.sparse:
         env = gymnasium.wrappers.TransformReward(env, common.sparse_reward)
@@ -551,6 +699,8 @@ def check_args(args):
         raise common.UserError(f"--rho {args.rho}: needs --q-agg mean")
     if args.sparse and not args.env.startswith(("scene-", "puzzle-")):
         raise common.UserError(f"--sparse: is for scene and puzzle, not for --env {args.env}")
+    if args.online_steps > 0 and args.env.startswith("visual-"):
+        raise common.UserError(f"--online-steps {args.online_steps}: not on pixels, offline only")
 
 
 def main():
@@ -560,10 +710,11 @@ def main():
     eval_env = SeededEnv(make_env(args))
     device = choose_device(args.device)
     torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.backends.cudnn.allow_tf32 = args.matmul_precision != "highest"  # in convolutions
     if args.compile:
         common.check_compiler()
     dataset, description = common.get_dataset(
-        dataset_name, env_id, args.dataset, device, args.sparse
+        dataset_name, env_id, args.dataset, device, args.sparse, args.device_data == "cpu"
     )
     if args.horizon > len(dataset):
         raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")

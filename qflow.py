@@ -570,6 +570,8 @@ def check_args(args):
         raise common.UserError(f"--rho {args.rho}: needs --q-agg mean")
     if args.sparse and not args.env.startswith(("scene-", "puzzle-")):
         raise common.UserError(f"--sparse: is for scene and puzzle, not for --env {args.env}")
+    if args.env.startswith("visual-"):
+        raise common.UserError(f"--env {args.env}: pixels are for fql.py only")
 
 
 def main():

@@ -1,6 +1,7 @@
 """Collects a cube-, scene- or puzzle-*-play dataset by OGBench's protocol, in its files' layout.
 
     python results/collect_play.py cube-single-play-v0
+    python results/collect_play.py visual-cube-single-play-v0 --episodes 10    # pixels: renders
 
 An episode of 1,001 steps is one random task after the other, each carried out by OGBench's own
 scripted oracle with smooth noise of 0.1 on its plan. The official files have a thousand episodes
@@ -17,13 +18,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import gymnasium
 import numpy as np
 import tyro
-from ogbench.manipspace.oracles.plan.button_plan import ButtonPlanOracle
-from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle
-from ogbench.manipspace.oracles.plan.drawer_plan import DrawerPlanOracle
-from ogbench.manipspace.oracles.plan.window_plan import WindowPlanOracle
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -38,7 +34,7 @@ STACKING = dict(single=(0.0, 0.0), double=(0.0, 0.25), triple=(0.05, 0.35), quad
 @dataclass
 class Args:
     name: tyro.conf.Positional[str]
-    """cube-single-play-v0, scene-play-v0, puzzle-3x3-play-v0 and the like"""
+    """cube-single-play-v0, scene-play-v0, visual-puzzle-3x3-play-v0 and the like"""
     out: Path = Path(".")
     """folder for NAME.npz"""
     episodes: int = 1000
@@ -51,12 +47,18 @@ class Args:
 def make(env_id):
     """The environment, and OGBench's oracles for it (kind of task -> oracle)."""
     options = dict(terminate_at_goal=False, mode="data_collection", max_episode_steps=1001)
-    env = gymnasium.make(env_id, **options)
+    env = common.make_env(env_id, **options)
+    # Here: they import MuJoCo, and make_env chooses how it renders.
+    from ogbench.manipspace.oracles.plan.button_plan import ButtonPlanOracle
+    from ogbench.manipspace.oracles.plan.cube_plan import CubePlanOracle
+    from ogbench.manipspace.oracles.plan.drawer_plan import DrawerPlanOracle
+    from ogbench.manipspace.oracles.plan.window_plan import WindowPlanOracle
+
     noise = dict(env=env, noise=0.1, noise_smoothing=0.5)
-    if env_id.startswith("puzzle"):
+    if "puzzle" in env_id:
         return env, dict(button=ButtonPlanOracle(gripper_always_closed=True, **noise))
     oracles = dict(cube=CubePlanOracle(**noise))
-    if env_id.startswith("scene"):
+    if "scene" in env_id:
         oracles["button"] = ButtonPlanOracle(**noise)
         oracles["drawer"] = DrawerPlanOracle(**noise)
         oracles["window"] = WindowPlanOracle(**noise)
@@ -69,7 +71,7 @@ def play(env, oracles, rng, env_id):
     np.random.seed(seed)  # environment and oracles draw from NumPy's global generator
     env.action_space.seed(seed)
     obs, info = env.reset(seed=seed)
-    low, high = STACKING.get(env_id.split("-")[1], (0.5, 0.5))
+    low, high = STACKING.get(env_id.split("-")[-2], (0.5, 0.5))
     p_stack = rng.uniform(low, high)
     oracle = oracles[info["privileged/target_task"]]
     oracle.reset(obs, info)
@@ -108,8 +110,10 @@ def collect(job):
         rows = play(env, oracles, np.random.default_rng([*seed, attempt]), env_id)
         arrays = {}
         for name in rows[0]:
-            arrays[name] = np.stack([row[name] for row in rows]).astype(np.float32)
-        if not (env_id.startswith("scene") and cube_is_hidden(arrays["qpos"])):
+            arrays[name] = np.stack([row[name] for row in rows])
+            if arrays[name].dtype != np.uint8:  # which pixels are
+                arrays[name] = arrays[name].astype(np.float32)
+        if not ("scene" in env_id and cube_is_hidden(arrays["qpos"])):
             arrays["terminals"] = arrays["terminals"].astype(bool)
             if "button_states" in arrays:
                 arrays["button_states"] = arrays["button_states"].astype(np.int64)
@@ -124,8 +128,8 @@ def num_cores():
 
 def main():
     args = tyro.cli(Args, description=__doc__)
-    if not re.fullmatch(f"({NAMES})-play-v0", args.name):
-        sys.exit(f"{args.name}: must be one of {NAMES}, with -play-v0")
+    if not re.fullmatch(f"(visual-)?({NAMES})-play-v0", args.name):
+        sys.exit(f"{args.name}: must be one of {NAMES}, with -play-v0 and perhaps visual-")
     if args.episodes < 1:
         sys.exit(f"--episodes {args.episodes}: must be positive")
     env_id = args.name.replace("-play", "")

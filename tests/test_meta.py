@@ -50,10 +50,12 @@ def assert_trained(module):
             assert parameter.grad is not None and parameter.grad.is_meta, name
 
 
-def meta_dataset():
-    """Two episodes of zeros on meta: 4 observations, 3 actions."""
+def meta_dataset(observations=None):
+    """Two episodes of zeros on meta: 4 observations, or these (40, ...), and 3 actions."""
     valids = (np.arange(40) % 20 < 19).astype(np.float32)
-    dataset = common.Dataset(np.zeros((40, 4)), np.zeros((40, 3)), -valids, valids, valids)
+    if observations is None:
+        observations = np.zeros((40, 4))
+    dataset = common.Dataset(observations, np.zeros((40, 3)), -valids, valids, valids)
     for name, x in vars(dataset).items():
         if isinstance(x, torch.Tensor):
             setattr(dataset, name, x.to("meta"))
@@ -83,6 +85,22 @@ def test_offline_updates(method, settings):
         noise = method.sample_noise(batch.actions, generator)
         metrics = method.update(nets, optimizer, batch, noise, args)
     assert batch.valid.shape == (8, args.horizon) and optimizer.steps == 1
+    assert all(x.is_meta for x in metrics.values())
+    assert_trained(nets)
+
+
+@pytest.mark.parametrize("horizon", [1, 5])
+def test_updates_on_pixels(horizon):
+    args = fql.Args(hidden=(16, 16), flow_steps=3, batch_size=8, horizon=horizon)
+    dataset = meta_dataset(np.zeros((40, 16, 16, 3), np.uint8))
+    nets = fql.Networks(dataset.obs_shape, 3 * args.horizon, args).to("meta")
+    optimizer = NoOptimizer(p for p in nets.parameters() if p.requires_grad)
+    generator = torch.Generator()
+    with MetaOnly():
+        batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
+        noise = fql.add_crop(fql.sample_noise(batch.actions, generator), generator)
+        metrics = fql.update(nets, optimizer, batch, noise, args)
+    assert batch.observations.shape == batch.next_observations.shape == (8, 16, 16, 9)
     assert all(x.is_meta for x in metrics.values())
     assert_trained(nets)
 

@@ -50,15 +50,42 @@ def golden_parameters(nets):
     """Every parameter under the name that the files give it."""
     named = {}
     for net, module in nets.named_children():
+        net = NETS.get(net, net)
+        if isinstance(module, fql.OnPixels):
+            named |= golden_encoder(module.encoder, f"{net}/encoder")
+            net = f"{net}/head"
+            module = module.head
         counts = {"dense": 0, "norm": 0}
         for layer in module.mlp:
             own = dict(layer.named_parameters())
             if own:
                 kind, first = ("dense", "kernel") if "weight" in own else ("norm", "scale")
                 for name, parameter in zip((first, "bias"), own.values()):
-                    named[f"{NETS.get(net, net)}/{kind}{counts[kind]}/{name}"] = parameter
+                    named[f"{net}/{kind}{counts[kind]}/{name}"] = parameter
                 counts[kind] += 1
     return named
+
+
+def golden_encoder(encoder, prefix):
+    """The parameters of an encoder under the names that the files give them."""
+    layers = {"dense0": encoder.dense}
+    for i, stack in enumerate(encoder.stacks):
+        for j, conv in enumerate((stack.conv, stack.block[1], stack.block[3])):
+            layers[f"stack{i}/conv{j}"] = conv
+    named = {}
+    for name, layer in layers.items():
+        named[f"{prefix}/{name}/kernel"] = layer.weight
+        named[f"{prefix}/{name}/bias"] = layer.bias
+    return named
+
+
+def with_torch_kernels(arrays):
+    """The arrays of a file with the encoders' kernels, (..., in, out), as torch has them."""
+    changed = dict(arrays)
+    for name, array in arrays.items():
+        if "/encoder/" in name and name.endswith("/kernel"):
+            changed[name] = array.transpose((3, 2, 0, 1) if array.ndim == 4 else (1, 0)).copy()
+    return changed
 
 
 def float32_error(nets):
@@ -67,7 +94,12 @@ def float32_error(nets):
     A sum of n products is off by at most n * EPS / 2 of the sum of their sizes, in whatever order a
     CPU adds them, and each layer passes on what the one before it is off by.
     """
-    summands = sum(p.shape[1] for p in nets.critic.parameters())  # (n, in, out), (n, 1, out)
+    summands = 0
+    for p in nets.critic.parameters():
+        if p.dim() == 3:  # of the ensemble: (n, in, out), (n, 1, out)
+            summands += p.shape[1]
+        else:  # of the encoder: (out, in, 3, 3), (out, in), (out,)
+            summands += p[0].numel()
     return EPS / 2 * summands
 
 
@@ -96,7 +128,8 @@ def replay_updates(config, arrays, args, dtype, module, make_noise, check_step, 
     check_step: also compares what is not in the metrics. losses: our metric -> (the file's name
     for it, relative tolerance).
     """
-    nets = module.Networks(config["obs_dim"], config["action_dim"] * args.horizon, args)
+    obs_dim = tuple(config["image"]) if "image" in config else config["obs_dim"]
+    nets = module.Networks(obs_dim, config["action_dim"] * args.horizon, args)
     # if each critic is off by e, mean - rho * std is off by up to (1 + rho) e
     rounding = 0.0 if dtype == torch.float64 else float32_error(nets) * (1 + args.rho)
     nets.to(dtype)
@@ -200,6 +233,14 @@ def replay_fql(config, arrays, dtype):
     replay_updates(config, arrays, args, dtype, fql, noise, check, losses)
 
 
+def replay_fql_pixels(config, arrays, dtype):
+    """The same on images, in [0, 255] as the files have them; their encoder is a small one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fql.Encoder, "channels", config["stack_sizes"])
+        patch.setattr(fql.Encoder, "feature_dim", config["features"])
+        replay_fql(config, with_torch_kernels(arrays), dtype)
+
+
 def replay_sequences(config, arrays, dtype):
     """The dataset's arrays are float32 whatever the dtype."""
     data = {k.removeprefix("dataset/"): v for k, v in arrays.items() if k.startswith("dataset/")}
@@ -258,6 +299,7 @@ def replay_flow_g(config, arrays, dtype):
 REPLAY = {
     "qflow": replay_qflow,
     "fql": replay_fql,
+    "fql_pixels": replay_fql_pixels,
     "sequences": replay_sequences,
     "flow_g": replay_flow_g,
 }

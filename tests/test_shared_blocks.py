@@ -23,8 +23,37 @@ OWN_OF_FLOW_SAC = {
     "make_env",
     "main",
 }
+# What fql.py has in addition for pixels: lines of qflow.py -> lines of fql.py.
+ON_PIXELS = {
+    "train": {
+        """    obs_dim = dataset.observations.shape[1]
+""": """    obs_dim = dataset.observations.shape[1]
+    if dataset.has_frames:
+        obs_dim = dataset.obs_shape
+""",
+        """        noise = sample_noise(batch.actions, generator)
+""": """        noise = sample_noise(batch.actions, generator)
+        if dataset.has_frames:
+            noise = add_crop(noise, generator)
+""",
+    },
+    "make_env": {
+        """    env = gymnasium.make(env_id, **options)
+""": """    if env_id.startswith("visual-"):
+        return common.stack_frames(common.make_env(env_id, **options))
+    env = gymnasium.make(env_id, **options)
+""",
+    },
+    "main": {
+        """    torch.set_float32_matmul_precision(args.matmul_precision)
+""": """    torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.backends.cudnn.allow_tf32 = args.matmul_precision != "highest"  # in convolutions
+""",
+        "device, args.sparse\n": 'device, args.sparse, args.device_data == "cpu"\n',
+    },
+}
 DIFFERENT = {
-    ("qflow", "fql"): OWN | {"total_loss"},
+    ("qflow", "fql"): OWN | {"total_loss"} | ON_PIXELS.keys(),
     ("qflow", "flow_sac"): OWN | OWN_OF_FLOW_SAC,
     ("fql", "flow_sac"): OWN | OWN_OF_FLOW_SAC | {"flow_loss"},
 }
@@ -84,6 +113,15 @@ def test_definitions_of_the_same_name_are_the_same(pair):
     first, second = (definitions(script) for script in pair)
     assert differing_names(first, second) == DIFFERENT[pair]
     assert {"EnsembleLayerNorm", "aggregate", "load", "act", "evaluate"} <= first.keys()
+
+
+@pytest.mark.parametrize("name", ON_PIXELS)
+def test_pixels_are_a_few_lines_more(name):
+    text = definitions("qflow")[name]
+    for line, lines in ON_PIXELS[name].items():
+        assert text.count(line) == 1
+        text = text.replace(line, lines)
+    assert text == definitions("fql")[name]
 
 
 @pytest.mark.parametrize("pair", PAIRS)

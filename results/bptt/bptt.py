@@ -53,6 +53,8 @@ class Networks(nn.Module):
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
+        if isinstance(obs_dim, tuple):
+            raise common.UserError(f"--env {args.env}: pixels are for fql.py only")
         self.sizes = (obs_dim, action_dim)
         self.flow_steps = args.flow_steps
         self.critic = fql.Critic(obs_dim, action_dim, args.hidden, args.num_critics)
