@@ -17,7 +17,6 @@ from pathlib import Path
 
 import gymnasium
 import imageio
-import mujoco
 import numpy as np
 import torch
 import tyro
@@ -114,6 +113,8 @@ def main():
     with script.SeededEnv(script.make_env(args)) as env:
         print_intervals(script.evaluate(policy, env, cli.episodes, cli.seed))
     if cli.video:
+        import mujoco  # here: it chooses how to render when it is imported, see common.make_env
+
         try:
             with script.SeededEnv(script.make_env(args, render_mode="rgb_array")) as env:
                 record_video(policy, env, cli.seed, cli.run / "evaluation.gif")

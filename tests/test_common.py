@@ -72,7 +72,7 @@ def test_every_name_of_every_dataset_resolves_to_an_environment():
     [
         ("antmaze-gigant-navigate-v0", 0, "closest: antmaze-giant-navigate-singletask-"),
         ("antmaze-giant-explore-v0", 0, "closest"),
-        ("visual-antmaze-giant-explore-v0", 0, "visual-antmaze-giant-navigate-singletask-"),
+        ("visual-antmaze-giant-explore-v0", 0, "visual-antmaze-large-explore-singletask-"),
         ("antmaze-giant-singletask-v0", 0, "antmaze-giant"),
         ("powderworld-easy-play-v0", 0, "powderworld-easy-play-v0: no such"),
         ("", 0, "no such"),

@@ -528,7 +528,7 @@ flags += " --hidden 32 32 --flow-steps 2 --eval-episodes 1 --log-interval 1"
 call(fql, *flags.split(), "--offline-steps", "4", "--start-or-resume", "whole")
 call(fql, *flags.split(), "--offline-steps", "2", "--start-or-resume", "half")
 call(fql, *flags.split(), "--offline-steps", "4", "--start-or-resume", "half")
-call(evaluate, "whole", "--episodes", "2", "--device", "cpu")
+call(evaluate, "whole", "--episodes", "2", "--device", "cpu", "--video")
 """
 
 
@@ -564,3 +564,4 @@ def test_collect_train_resume_and_evaluate_with_rendering(tmp_path):
     assert last == evaluations
     assert json.loads((whole / "config.json").read_text())["args"]["env"] == NAME
     assert "success 0 (95%" in result.stdout and "length 12" in result.stdout
+    assert (whole / "evaluation.gif").stat().st_size > 1000
