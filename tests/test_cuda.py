@@ -117,6 +117,53 @@ def test_updates_of_flow_sac_are_those_of_the_cpu_and_never_wait(settings):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("frames_on_host", [False, True])
+def test_updates_on_pixels_are_those_of_the_cpu_and_never_wait(frames_on_host):
+    rng = np.random.default_rng(0)
+    frames = rng.integers(256, size=(200, 32, 32, 3), dtype=np.uint8)
+    valids = (np.arange(200) % 20 < 19).astype(np.float32)
+    rest = rng.uniform(-1, 1, (200, 3)), -valids, valids, valids
+    allocated = torch.cuda.memory_allocated()
+    dataset = common.Dataset(frames, *rest, device="cuda", frames_on_host=frames_on_host)
+    added = torch.cuda.memory_allocated() - allocated
+    assert (added < frames.nbytes) == frames_on_host
+    assert dataset.observations.is_cuda and np.array_equal(dataset.observations.cpu(), frames)
+    args = fql.Args(hidden=(16, 16), flow_steps=3, batch_size=16)
+    nets = fql.Networks(dataset.obs_shape, 3, args)
+    results = []
+    for device in ("cpu", "cuda"):
+        data = dataset if device == "cuda" else common.Dataset(frames, *rest)
+        copied = copy.deepcopy(nets).to(device)
+        optimizer = fql.make_optimizer(copied, args)
+        starts = torch.arange(16, device=device) * 10
+        batch = data.chunks(starts, 1, args.discount)
+        generator = torch.Generator().manual_seed(0)
+        noise = fql.add_crop(fql.sample_noise(batch.actions.cpu(), generator), generator)
+        noise = fql.PixelNoise(*(x.to(device) for x in noise))
+        metrics = fql.update(copied, optimizer, batch, noise, args)
+        results.append(torch.stack([x.cpu() for x in metrics.values()]))
+    assert torch.allclose(*results, rtol=1e-2, atol=1e-3)  # convolutions may use TF32
+
+    optimizer = fql.make_optimizer(copied, args)
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def sample_and_update():
+        batch = dataset.sample(16, 1, args.discount, generator)
+        noise = fql.add_crop(fql.sample_noise(batch.actions, generator), generator)
+        return fql.update(copied, optimizer, batch, noise, args)
+
+    sample_and_update()  # at first, the libraries are loaded and Adam's state is made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        sample_and_update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    captured = fql.CUDAGraph(sample_and_update, generator)
+    losses = [captured()["critic_loss"].item() for _ in range(8)]
+    assert np.isfinite(losses).all() and len(set(losses)) == 8
+
+
 @pytest.mark.parametrize("settings", [dict(), dict(num_critics=10, rho=0.5)])
 @pytest.mark.parametrize("method", [qflow, fql])
 def test_compiled_and_captured_updates_are_the_plain_ones(method, settings):
