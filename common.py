@@ -742,10 +742,9 @@ def check_compiler():
 def check_env(env, dataset):
     """Raise UserError unless a step in the environment, and its spaces, are what training needs."""
     for kind, space in (("observation", env.observation_space), ("action", env.action_space)):
-        is_image = kind == "observation" and dataset.has_frames
-        if not isinstance(space, Box) or len(space.shape) != (3 if is_image else 1):
-            number = "three dimensions" if is_image else "one dimension"
-            raise UserError(f"the {kind} space is {space}, must be a Box of {number}")
+        dimensions = (1, 3) if kind == "observation" else (1,)  # three: an image
+        if not isinstance(space, Box) or len(space.shape) not in dimensions:
+            raise UserError(f"the {kind} space is {space}, must be a Box of one dimension")
     space = env.action_space
     if space.dtype.kind != "f" or (space.low != -1).any() or (space.high != 1).any():
         hint = "must be floating point from -1 to 1: see gymnasium.wrappers.RescaleAction"
