@@ -117,9 +117,9 @@ def make_env(env_id, **options):
 
 
 def stack_frames(env):
-    """Observe the last three frames (H, W, C) as an image (H, W, 3 * C); at first, three times one.
+    """Observe the last three frames (H, W, C) as one image (H, W, 3 * C), as `Dataset.observe`.
 
-    The environment's counterpart of `Dataset.observe`.
+    An episode begins with three times its first frame.
     """
     height, width, channels = env.observation_space.shape
     space = Box(0, 255, (height, width, STACK * channels), np.uint8)
@@ -344,7 +344,7 @@ class Dataset:
     def observe(self, rows):
         """The observations of these rows (B,); of frames, stacks of the last three of the episode.
 
-        Its first frame is repeated, as in `make_env`.
+        The episode's first frame is repeated, as in `stack_frames`.
         """
         if not self.has_frames:
             return self.observations[rows]
