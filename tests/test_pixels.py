@@ -501,7 +501,7 @@ def can_render():
     return subprocess.run(command, env=environment, capture_output=True).returncode == 0
 
 
-# Collects, trains, resumes and evaluates, with episodes of 12 steps.
+# Collects, trains, resumes and evaluates, with episodes of 6 steps.
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -511,7 +511,7 @@ import common
 
 whole = common.make_env
 def short(env_id, **options):
-    return whole(env_id, **{{**options, "max_episode_steps": 12}})
+    return whole(env_id, **{{**options, "max_episode_steps": 6}})
 common.make_env = short
 
 def call(module, *argv):
@@ -549,8 +549,8 @@ def test_collect_train_resume_and_evaluate_with_rendering(tmp_path):
     assert result.returncode == 0, result.stderr
     with np.load(tmp_path / "data/visual-cube-single-play-v0.npz") as file:
         frames = file["observations"]
-        assert frames.shape == (24, 64, 64, 3) and frames.dtype == np.uint8
-        assert np.flatnonzero(file["terminals"]).tolist() == [11, 23]
+        assert frames.shape == (12, 64, 64, 3) and frames.dtype == np.uint8
+        assert np.flatnonzero(file["terminals"]).tolist() == [5, 11]
         assert file["qpos"].dtype == file["actions"].dtype == np.float32
         assert "not the official file" in str(file["source"])
     assert all(len(np.unique(frame)) > 50 for frame in frames)  # a picture, not a blank
@@ -559,9 +559,9 @@ def test_collect_train_resume_and_evaluate_with_rendering(tmp_path):
     assert rows(whole, "train.csv") == rows(half, "train.csv")
     assert rows(whole, "train.csv")["step"] == [1, 2, 3, 4]
     evaluations = rows(whole, "eval.csv")
-    assert evaluations["length"] == [12.0]
+    assert evaluations["length"] == [6.0]
     last = {key: values[-1:] for key, values in rows(half, "eval.csv").items()}
     assert last == evaluations
     assert json.loads((whole / "config.json").read_text())["args"]["env"] == NAME
-    assert "success 0 (95%" in result.stdout and "length 12" in result.stdout
+    assert "success 0 (95%" in result.stdout and "length 6" in result.stdout
     assert (whole / "evaluation.gif").stat().st_size > 1000
