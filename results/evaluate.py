@@ -110,13 +110,17 @@ def main():
     nets.to(device)
     generator = torch.Generator(device).manual_seed(cli.seed)
     policy = partial(script.act, nets, args=args, generator=generator)
-    with script.SeededEnv(script.make_env(args)) as env:
+    environment = script
+    if "environment" in config:  # of minari_data.py
+        environment = import_script(config["environment"])
+        print(config["dataset"])
+    with script.SeededEnv(environment.make_env(args)) as env:
         print_intervals(script.evaluate(policy, env, cli.episodes, cli.seed))
     if cli.video:
         import mujoco  # here: it chooses how to render when it is imported, see common.make_env
 
         try:
-            with script.SeededEnv(script.make_env(args, render_mode="rgb_array")) as env:
+            with script.SeededEnv(environment.make_env(args, render_mode="rgb_array")) as env:
                 record_video(policy, env, cli.seed, cli.run / "evaluation.gif")
         except mujoco.FatalError as error:
             hint = "without a display, set the environment variable MUJOCO_GL to egl"

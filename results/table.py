@@ -26,7 +26,10 @@ import numpy as np
 import scipy.stats
 import tyro
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import minari_data  # noqa: E402
+
 import common  # noqa: E402
 import flow_sac  # noqa: E402
 import fql  # noqa: E402
@@ -239,6 +242,8 @@ def main(
         interval = "" if np.isnan(low) else f"{form.format(low)} to {form.format(high)}"
         cells = [*key, str(len(scores)), form.format(mean), interval]
         print(f"| {' | '.join(cells)} |")
+    if any(environment.startswith("D4RL/") for environment, *_ in groups):
+        print(f"\n{minari_data.NOTE}")
     if out:
         with open(out, "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
