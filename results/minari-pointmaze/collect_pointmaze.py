@@ -1,6 +1,6 @@
 """Collects the Minari dataset PointMaze/umaze-controller-v0: a point in a U-shaped maze.
 
-    python results/minari/collect_pointmaze.py
+    python results/minari-pointmaze/collect_pointmaze.py
 
 A PD controller follows the shortest path through the maze's cells, with noise on the actions. In
 half of the episodes it heads for a random cell instead of the goal.
