@@ -130,7 +130,11 @@ WRONG = [  # script, flags, words of the message
     ("flow_sac", "--learning-starts 2 --horizon 5", "--learning-starts 2: a chunk has 5 steps"),
     ("flow_sac", "--policy-width 3", "--policy-width 3: must be 0 or at least 4"),
     ("flow_sac", "--policy gaussian --noise-std 0.1", "--policy gaussian: needs --noise-std 0"),
-    ("flow_sac", f"--env {NAME} --policy gaussian", "--noise-std 0 and --offline-steps 0"),
+    (
+        "flow_sac",
+        f"--env {NAME} --noise-std 0 --policy gaussian",
+        "--noise-std 0 and --offline-steps 0",
+    ),
     ("flow_sac", "--env cube-double-play-v0 --task 6", "--task 6: no such environment"),
     ("flow_sac", "--task 2", "--task 2: --env Pendulum-v1 is not an OGBench dataset"),
     ("flow_sac", "--dataset x.npz", "--dataset x.npz: --env Pendulum-v1 is not an OGBench"),

@@ -381,6 +381,8 @@ def test_the_behaviour_term():
     other, _ = flow_sac.policy_loss(*inputs, without)
     obs = batch.observations
     actions, _ = flow_sac.sample_with_log_prob(nets.policy, obs, noise.policy_x0, noise.policy_eps)
+    q = nets.critic(obs, actions).mean(0)
+    assert other.item() == pytest.approx(-q.mean().item(), rel=1e-6)  # there is no entropy
     expected = ((actions - batch.actions) ** 2).sum() / (16 * 3)  # also where it is not valid
     assert metrics["bc_loss"].item() == pytest.approx(expected.item(), rel=1e-10)
     assert (loss - other).item() == pytest.approx(100 * expected.item(), rel=1e-8)
