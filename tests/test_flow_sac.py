@@ -252,6 +252,31 @@ def test_rollouts_of_the_diagnosis_against_torch_distributions(policy, condition
     assert log_sigma.high == (2.0 if condition == "authors" else 0.0)
 
 
+@pytest.mark.parametrize("policy", ["flow-t", "naive"])
+def test_rollouts_of_one_difference_are_those_of_the_diagnosis(policy, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "results/flow-sac-gradients")
+    monkeypatch.syspath_prepend(ROOT / "results/halfcheetah")
+    import flow_sac_gradients
+    import one_difference
+
+    _, nets, batch, noise = make(policy=policy, flow_steps=3)
+    networks = nets.policy.velocity, nets.policy.log_sigma
+    inputs = batch.observations, noise.policy_x0, noise.policy_eps
+    for authors_noise, rollout in [
+        (False, flow_sac.rollout),
+        (True, flow_sac_gradients.rollout_of_the_authors),
+    ]:
+        found = one_difference.rollout(*networks, *inputs, authors_noise, sigma_of_x=False)
+        for one, other in zip(found, rollout(*networks, *inputs)):
+            assert torch.allclose(one, other, rtol=1e-10)
+    log_sigma = one_difference.LogSigma(5, 3, 16, high=0.0, sigma_of_x=True).double()
+    x0, eps = noise.policy_x0, noise.policy_eps[:1]
+    end, _ = one_difference.rollout(networks[0], log_sigma, inputs[0], x0, eps, True, True)
+    t = torch.zeros(16, 1, dtype=torch.float64)
+    std = log_sigma(torch.cat([inputs[0], x0], 1), t).exp()  # K = 1: also of flow-t
+    assert torch.allclose(end, x0 + networks[0](inputs[0], x0, t) + std * eps[0])
+
+
 @pytest.mark.parametrize("policy", ["flow-t", "gaussian"])
 def test_the_logged_gradient_norm_is_that_of_the_loss_by_the_velocity(policy):
     args, nets, batch, noise = make(policy=policy)
