@@ -8,7 +8,7 @@ remedy is two velocity networks from sequence models; a plain one is the baselin
     flow-g   v = gate * (candidate - x)             the update of a GRU
     flow-t   v = Transformer decoder of (x, t)      with the state as its memory
     naive    v = MLP(s, x, t)
-    gaussian no flow: tanh of a Gaussian, the policy of SAC and CrossQ
+    gaussian a = tanh(mean(s) + std(s) eps)         no flow: the policy of SAC
 
 SAC also needs log pi(a | s). So each step becomes Gaussian, with a drift that, as K grows, keeps
 the distribution of every x_i, and the log-density of the whole path replaces log pi:
@@ -418,7 +418,8 @@ class Networks(nn.Module):
         self.sizes = (obs_dim, action_dim)
         self.critic = Critic(obs_dim, action_dim, args.hidden, args.critic)
         self.policy = Policy(obs_dim, action_dim, args)
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(0.2)))  # of the entropy
+        # The entropy's weight; with --noise-std it has no use.
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(0.2)))
         if args.critic == "sac":
             self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.eval()
