@@ -266,15 +266,19 @@ def test_rollouts_of_one_difference_are_those_of_the_diagnosis(policy, monkeypat
         (False, flow_sac.rollout),
         (True, flow_sac_gradients.rollout_of_the_authors),
     ]:
-        found = one_difference.rollout(*networks, *inputs, authors_noise, sigma_of_x=False)
+        found = one_difference.rollout(*networks, *inputs, authors_noise, two_heads=False)
         for one, other in zip(found, rollout(*networks, *inputs)):
             assert torch.allclose(one, other, rtol=1e-10)
-    log_sigma = one_difference.LogSigma(5, 3, 16, high=0.0, sigma_of_x=True).double()
-    x0, eps = noise.policy_x0, noise.policy_eps[:1]
-    end, _ = one_difference.rollout(networks[0], log_sigma, inputs[0], x0, eps, True, True)
-    t = torch.zeros(16, 1, dtype=torch.float64)
-    std = log_sigma(torch.cat([inputs[0], x0], 1), t).exp()  # K = 1: also of flow-t
-    assert torch.allclose(end, x0 + networks[0](inputs[0], x0, t) + std * eps[0])
+    if policy == "flow-t":
+        velocity = one_difference.FlowT(5, 3, 16, has_x=False, two_heads=True)
+    else:
+        velocity = one_difference.Naive(5, 3, 16, has_x=False, has_t=False, two_heads=True)
+    velocity.double()
+    obs, x0, eps = inputs[0], inputs[1], inputs[2][:1]
+    end, _ = one_difference.rollout(velocity, networks[1], obs, x0, eps, True, two_heads=True)
+    v, middle = velocity(obs, x0, torch.zeros(16, 1, dtype=torch.float64)).chunk(2, 1)
+    std = (-5 + 2.5 * (middle.tanh() + 1)).exp()  # K = 1: also of flow-t
+    assert torch.allclose(end, x0 + v + std * eps[0])
 
 
 @pytest.mark.parametrize("policy", ["flow-t", "gaussian"])

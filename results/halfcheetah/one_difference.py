@@ -1,6 +1,6 @@
 """SAC Flow on HalfCheetah-v5 with one difference of the authors' scripts at a time, or with all.
 
-    python results/halfcheetah/one_difference.py sigma-of-x --policy flow-t --compile
+    python results/halfcheetah/one_difference.py two-heads --policy flow-t --compile
 
 makes a run of 30,000 steps in runs/one-difference/DIFFERENCE-POLICY, or resumes it. Differences:
 
@@ -8,10 +8,11 @@ makes a run of 30,000 steps in runs/one-difference/DIFFERENCE-POLICY, or resumes
     noise           no drift; noise std whatever dt is (flow-t: std dt), std at most e^2; flow-t's
                     density leaves out std
     range           log sigma in (-5, 2) instead of (-5, 0)
-    sigma-of-x      sigma depends on x too
+    two-heads       flow-t, naive: sigma is a second head of the velocity's network and so depends
+                    on x
     normalised-x    the velocity sees x normalised by BatchRenorm, one for all steps (flow-t: one
                     for each)
-    normalised-t    naive: t is normalised so too
+    normalised-t    naive: t is normalised in this way
     post-norm       flow-t: LayerNorm after each sum instead of before each block
     post-renorm     flow-t: BatchRenorm there, the same for all steps
     all             what the authors' script for this policy has of these
@@ -33,24 +34,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import flow_sac  # noqa: E402
 
 RUNS = Path("runs/one-difference")
+ORIGINAL_FLOW_T = flow_sac.FlowT
 FLOW_STEPS = 4
 ALL = {
-    "flow-t": {"noise", "sigma-of-x", "normalised-x", "post-renorm"},
+    "flow-t": {"noise", "two-heads", "normalised-x", "post-renorm"},
     "flow-g": {"noise", "normalised-x"},
-    "naive": {"noise", "sigma-of-x", "normalised-x", "normalised-t"},
+    "naive": {"noise", "two-heads", "normalised-x", "normalised-t"},
 }
 
 
-def rollout(velocity, log_sigma, obs, x, eps, authors_noise, sigma_of_x):
-    """As flow_sac.rollout, with the authors' noise and a sigma that depends on x, or with one."""
-    is_flow_t = isinstance(velocity, flow_sac.FlowT)
+def rollout(velocity, log_sigma, obs, x, eps, authors_noise, two_heads):
+    """As flow_sac.rollout, with the authors' noise, a velocity that returns log sigma too, or both.
+
+    log_sigma: a LogSigma, of which two_heads uses the range only.
+    """
+    is_flow_t = isinstance(velocity, ORIGINAL_FLOW_T)
     dt = 1 / len(eps)
     log_prob = -0.5 * (x**2 + math.log(2 * math.pi)).sum(-1)
     for i, noise in enumerate(eps):
         t = torch.full_like(x[:, :1], i * dt)
         velocity.step = i
         v = velocity(obs, x, t)
-        log_std = log_sigma(torch.cat([obs, x], -1) if sigma_of_x else obs, t)
+        if two_heads:
+            v, middle = v.chunk(2, -1)
+            half_range = 0.5 * (log_sigma.high - log_sigma.low)
+            log_std = log_sigma.low + half_range * (middle.tanh() + 1)
+        else:
+            log_std = log_sigma(obs, t)
         if authors_noise:
             std = log_std.exp()
             if is_flow_t:
@@ -66,23 +76,17 @@ def rollout(velocity, log_sigma, obs, x, eps, authors_noise, sigma_of_x):
     return x, log_prob
 
 
-class LogSigma(flow_sac.LogSigma):
-    """log sigma in (-5, high) of the state, or of state and x side by side, and t."""
-
-    def __init__(self, obs_dim, action_dim, width, high, sigma_of_x):
-        in_dim = obs_dim + action_dim if sigma_of_x else obs_dim
-        super().__init__(in_dim, action_dim, width, high=high)
-
-
 class Naive(flow_sac.Naive):
-    """With x, t or both normalised."""
+    """With x, t or both normalised, and a second head or not."""
 
-    def __init__(self, obs_dim, action_dim, width, has_x, has_t):
+    def __init__(self, obs_dim, action_dim, width, has_x, has_t, two_heads):
         super().__init__(obs_dim, action_dim, width)
         if has_x:
             self.x_norm = flow_sac.BatchRenorm(1, action_dim)
         if has_t:
             self.t_norm = flow_sac.BatchRenorm(1, 1)
+        if two_heads:
+            self.mlp[-1] = flow_sac.Linear(width, 2 * action_dim)
 
     def forward(self, obs, x, t):
         if hasattr(self, "x_norm"):
@@ -107,15 +111,23 @@ class FlowG(flow_sac.FlowG):
 
 
 class FlowT(flow_sac.FlowT):
-    """With x normalised, for each step by its own statistics; the rollout says which step it is."""
+    """With x normalised, each step by its own statistics, and a second head or not.
 
-    def __init__(self, obs_dim, action_dim, width):
+    The rollout says which step it is.
+    """
+
+    def __init__(self, obs_dim, action_dim, width, has_x, two_heads):
         super().__init__(obs_dim, action_dim, width)
-        norms = [flow_sac.BatchRenorm(1, action_dim) for _ in range(FLOW_STEPS)]
-        self.x_norms = nn.ModuleList(norms)
+        if has_x:
+            norms = [flow_sac.BatchRenorm(1, action_dim) for _ in range(FLOW_STEPS)]
+            self.x_norms = nn.ModuleList(norms)
+        if two_heads:
+            self.head = flow_sac.Linear(width, 2 * action_dim)
 
     def forward(self, obs, x, t):
-        return super().forward(obs, self.x_norms[self.step](x), t)
+        if hasattr(self, "x_norms"):
+            x = self.x_norms[self.step](x)
+        return super().forward(obs, x, t)
 
 
 class PostNormLayer(flow_sac.DecoderLayer):
@@ -133,20 +145,21 @@ class PostNormLayer(flow_sac.DecoderLayer):
         return self.norm3(token + self.feed_forward(token))
 
 
-def impose(differences):
+def impose(differences, policy):
     """Make flow_sac work with this set of differences."""
-    flow_sac.rollout = partial(
-        rollout, authors_noise="noise" in differences, sigma_of_x="sigma-of-x" in differences
-    )
-    high = 2.0 if differences & {"noise", "range"} else 0.0
-    flow_sac.LogSigma = partial(LogSigma, high=high, sigma_of_x="sigma-of-x" in differences)
+    has_noise = "noise" in differences
+    two_heads = "two-heads" in differences
     has_x = "normalised-x" in differences
     has_t = "normalised-t" in differences
-    if has_x:
-        flow_sac.FlowT = FlowT
+    flow_sac.rollout = partial(rollout, authors_noise=has_noise, two_heads=two_heads)
+    if has_noise or "range" in differences:
+        flow_sac.LogSigma = partial(flow_sac.LogSigma, high=2.0)
+    if policy == "flow-t":
+        flow_sac.FlowT = partial(FlowT, has_x=has_x, two_heads=two_heads)
+    elif policy == "naive":
+        flow_sac.Naive = partial(Naive, has_x=has_x, has_t=has_t, two_heads=two_heads)
+    elif has_x:
         flow_sac.FlowG = FlowG
-    if has_x or has_t:
-        flow_sac.Naive = partial(Naive, has_x=has_x, has_t=has_t)
     if "post-norm" in differences:
         flow_sac.DecoderLayer = partial(PostNormLayer, norm=partial(nn.LayerNorm, eps=1e-6))
     if "post-renorm" in differences:
@@ -159,7 +172,7 @@ def main(
             "none",
             "noise",
             "range",
-            "sigma-of-x",
+            "two-heads",
             "normalised-x",
             "normalised-t",
             "post-norm",
@@ -174,7 +187,7 @@ def main(
     compile: bool = False,
 ):
     """All but the first two: as in flow_sac.py."""
-    impose(ALL[policy] if difference == "all" else {difference})
+    impose(ALL[policy] if difference == "all" else {difference}, policy)
     width = 64 if policy == "flow-t" else 128
     flags = f"""--env HalfCheetah-v5 --policy {policy} --policy-width {width} --hidden 256 256
         --batch-size 256 --flow-steps {FLOW_STEPS} --online-steps {online_steps}
