@@ -418,8 +418,7 @@ class Networks(nn.Module):
         self.sizes = (obs_dim, action_dim)
         self.critic = Critic(obs_dim, action_dim, args.hidden, args.critic)
         self.policy = Policy(obs_dim, action_dim, args)
-        # The entropy's weight; with --noise-std it has no use.
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(0.2)))
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(0.2)))  # of the entropy, if any
         if args.critic == "sac":
             self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.eval()
@@ -432,8 +431,7 @@ def rollout(velocity, log_sigma, obs, x, eps):
     """K noisy Euler steps from x at time 0 to time 1; the drift keeps the distribution of each x_i.
 
     Exact as K grows, for the v of a rectified flow from N(0, I): (t v - x) / (1 - t) is its score.
-    (B, O), (B, h * A), eps ~ N(0, I) (K, B, h * A) -> x_K and the log-density of the path from x_0
-    to it, (B,).
+    (B, O), (B, h * A), eps ~ N(0, I) (K, B, h * A) -> x_K and the path's log-density, (B,).
     """
     dt = 1 / len(eps)
     log_prob = -0.5 * (x**2 + math.log(2 * math.pi)).sum(-1)
