@@ -8,6 +8,7 @@ remedy is two velocity networks from sequence models; a plain one is the baselin
     flow-g   v = gate * (candidate - x)             the update of a GRU
     flow-t   v = Transformer decoder of (x, t)      with the state as its memory
     naive    v = MLP(s, x, t)
+    gaussian a = tanh(mean(s) + std(s) eps)         no flow: the policy of SAC
 
 SAC also needs log pi(a | s). So each step becomes Gaussian, with a drift that, as K grows, keeps
 the distribution of every x_i, and the log-density of the whole path replaces log pi:
@@ -18,7 +19,8 @@ The drift is exact for the v of flow matching; for a v that SAC trains it is a h
 
 With an OGBench dataset, training begins offline. Each offline step makes two updates on one batch:
 TD and flow matching, then TD and the policy's loss. Each online step makes the second kind only. In
-both phases the policy's loss has a behaviour term, beta (a - a_data)^2.
+both phases the policy's loss has a behaviour term, beta (a - a_data)^2, and no entropy: the noise
+is fixed, and its density, nearly a constant, would pay for not solving the task.
 
 Zhang et al.: SAC Flow, ICLR 2026, https://arxiv.org/abs/2509.25756
 Critics without target networks: Bhatt et al., CrossQ, ICLR 2024, https://arxiv.org/abs/1902.05605
@@ -73,8 +75,8 @@ class Args:
     """online steps before updates begin, one a step; without a dataset, with uniform actions"""
     batch_size: int = 512
     """transitions (or chunks) per update"""
-    policy: Literal["flow-t", "flow-g", "naive"] = "flow-t"
-    """velocity network: decoded, gated or plain"""
+    policy: Literal["flow-t", "flow-g", "naive", "gaussian"] = "flow-t"
+    """velocity network: decoded, gated or plain; gaussian: no flow, the baseline from scratch"""
     policy_width: int = 0
     """width of its networks; 0: the authors', flow-t 96 (--critic sac: 128), others 512"""
     critic: Literal["crossq", "sac"] = "crossq"
@@ -100,13 +102,9 @@ class Args:
     bc_weight: float = 0.0
     """beta, weight of the behaviour term (a - a_data)^2 in the policy's loss"""
     noise_std: float = 0.0
-    """standard deviation of a flow step's noise in the policy's loss; 0: sigma is learned"""
-    acting_noise_std: float = 0.0
-    """the same for acting and in the critic's target; with --noise-std only"""
-    init_temperature: float = 0.2
-    """initial weight of the entropy; it is tuned from there"""
+    """standard deviation of a flow step's noise, without entropy; 0: sigma is learned"""
     target_entropy: float = 0.0
-    """path entropy that the temperature is tuned to; see what `sample_with_log_prob` can reach"""
+    """path entropy that the temperature is tuned to; for gaussian, 0 stands for SAC's -A"""
     eval_interval: int = 20_000
     """steps between evaluations (the last step of a phase is always evaluated)"""
     eval_episodes: int = 50
@@ -141,7 +139,6 @@ WITH_DATASET = dict(
     horizon=5,
     bc_weight=100.0,
     noise_std=0.05,
-    acting_noise_std=0.02,
     eval_interval=100_000,
 )
 SETTINGS = {  # by the beginning of --env
@@ -210,12 +207,8 @@ class BatchRenorm(nn.Module):
     (ensemble, 1, dim).
     """
 
-    def __init__(self, *shape, rate=0.01, eps=1e-3, r_max=3.0, d_max=5.0, warmup=100_000):
+    def __init__(self, *shape, warmup=100_000):
         super().__init__()
-        self.rate = rate
-        self.eps = eps
-        self.r_max = r_max
-        self.d_max = d_max
         self.warmup = warmup
         self.scale = nn.Parameter(torch.ones(shape))
         self.bias = nn.Parameter(torch.zeros(shape))
@@ -224,20 +217,20 @@ class BatchRenorm(nn.Module):
         self.register_buffer("calls", torch.tensor(0))
 
     def forward(self, x):
-        running_std = (self.var + self.eps).sqrt()
+        running_std = (self.var + 1e-3).sqrt()
         if not self.training:
             return (x - self.mean) / running_std * self.scale + self.bias
         mean = x.mean(-2, keepdim=True)
         var = (x - mean).square().mean(-2, keepdim=True)  # biased
-        std = (var + self.eps).sqrt()
+        std = (var + 1e-3).sqrt()
         with torch.no_grad():
-            r = (std / running_std).clamp(1 / self.r_max, self.r_max)
-            d = ((mean - self.mean) / running_std).clamp(-self.d_max, self.d_max)
+            r = (std / running_std).clamp(1 / 3, 3)
+            d = ((mean - self.mean) / running_std).clamp(-5, 5)
             warm = self.calls >= self.warmup
             r = torch.where(warm, r, 1.0)
             d = torch.where(warm, d, 0.0)
-            self.mean += self.rate * (mean - self.mean)
-            self.var += self.rate * (var - self.var)
+            self.mean += 0.01 * (mean - self.mean)
+            self.var += 0.01 * (var - self.var)
             self.calls += 1
         return ((x - mean) / std * r + d) * self.scale + self.bias
 
@@ -361,6 +354,18 @@ class FlowT(nn.Module):
         return self.head(token)
 
 
+class Gaussian(nn.Module):
+    """Mean and log std of a Gaussian, two heads of one MLP: (B, O) -> (B, h * A) twice."""
+
+    def __init__(self, obs_dim, action_dim, width):
+        super().__init__()
+        self.mlp = mlp(nn.ReLU, obs_dim, width, width, 2 * action_dim)
+
+    def forward(self, obs):
+        mean, log_std = self.mlp(obs).chunk(2, -1)
+        return mean, log_std.clamp(-20, 2)
+
+
 class LogSigma(nn.Module):
     """log sigma(s, t), the noise level: (B, O), (B, 1) -> (B, h * A), in (low, high).
 
@@ -380,7 +385,7 @@ class LogSigma(nn.Module):
 
 
 class Policy(nn.Module):
-    """Normalised observations, velocity and, unless --noise-std fixes it, noise level."""
+    """Normalised observations, velocity and noise level; or a Gaussian in the place of both."""
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
@@ -394,9 +399,14 @@ class Policy(nn.Module):
             self.velocity = FlowT(obs_dim, action_dim, width)
         elif args.policy == "flow-g":
             self.velocity = FlowG(obs_dim, action_dim, width)
-        else:
+        elif args.policy == "naive":
             self.velocity = Naive(obs_dim, action_dim, width)
-        if args.noise_std == 0:
+        else:
+            self.velocity = Gaussian(obs_dim, action_dim, width)
+        if args.noise_std > 0:
+            fixed = math.log(args.noise_std * math.sqrt(args.flow_steps))
+            self.log_sigma = lambda obs, t: torch.full_like(t, fixed)
+        elif args.policy != "gaussian":
             self.log_sigma = LogSigma(obs_dim, action_dim, width)
 
 
@@ -408,7 +418,7 @@ class Networks(nn.Module):
         self.sizes = (obs_dim, action_dim)
         self.critic = Critic(obs_dim, action_dim, args.hidden, args.critic)
         self.policy = Policy(obs_dim, action_dim, args)
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(args.init_temperature)))
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(0.2)))  # of the entropy, if any
         if args.critic == "sac":
             self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.eval()
@@ -421,11 +431,9 @@ def rollout(velocity, log_sigma, obs, x, eps):
     """K noisy Euler steps from x at time 0 to time 1; the drift keeps the distribution of each x_i.
 
     Exact as K grows, for the v of a rectified flow from N(0, I): (t v - x) / (1 - t) is its score.
-    (B, O), (B, h * A), eps ~ N(0, I) (K, B, h * A) -> [x_0, ..., x_K] and the log-density of that
-    path, (B,).
+    (B, O), (B, h * A), eps ~ N(0, I) (K, B, h * A) -> x_K and the path's log-density, (B,).
     """
     dt = 1 / len(eps)
-    path = [x]
     log_prob = -0.5 * (x**2 + math.log(2 * math.pi)).sum(-1)
     for i, noise in enumerate(eps):
         t = torch.full_like(x[:, :1], i * dt)
@@ -434,33 +442,24 @@ def rollout(velocity, log_sigma, obs, x, eps):
         score = (t * v - x) / (1 - t)
         drift = v + 0.5 * (2 * log_std).exp() * score
         x = x + drift * dt + log_std.exp() * math.sqrt(dt) * noise
-        path.append(x)
         step = log_std + 0.5 * (noise**2 + math.log(2 * math.pi * dt))  # -log N(x_{i+1}; ...)
         log_prob = log_prob - step.sum(-1)
-    return path, log_prob
+    return x, log_prob
 
 
-def sample_with_log_prob(policy, obs, x0, eps, noise_std=0.0):
+def sample_with_log_prob(policy, obs, x0, eps):
     """The stochastic policy: actions (B, h * A) in [-1, 1] and the log-density of their path (B,).
 
-    noise_std: 0: sigma is learned. Else the noise of each step has this standard deviation, that is
-    sigma sqrt(dt), and the densities of the steps are per noise_std instead of per unit of x, or a
-    small noise would put any target entropy out of reach.
-
-    The path's entropy is at most 1.42 + K (1.42 - log(K) / 2) per action dimension if sigma is
-    learned. If it is fixed, the entropy depends on the policy through tanh alone and stays near its
-    bound, 1.42 (K + 1), so that a target of 0 lets the temperature decay.
+    The path's entropy is at most 1.42 + K (1.42 - log(K) / 2) per action dimension. A Gaussian is a
+    path of one step, to which x_0 contributes nothing.
     """
-    flow_steps, _, action_dim = eps.shape
-
-    def fixed_log_sigma(obs, t):
-        return torch.full_like(x0, math.log(noise_std * math.sqrt(flow_steps)))
-
-    log_sigma = fixed_log_sigma if noise_std > 0 else policy.log_sigma
-    path, log_prob = rollout(policy.velocity, log_sigma, policy.obs_norm(obs), x0, eps)
-    if noise_std > 0:
-        log_prob = log_prob + flow_steps * action_dim * math.log(noise_std)
-    u = path[-1]
+    obs = policy.obs_norm(obs)
+    if isinstance(policy.velocity, Gaussian):
+        mean, log_std = policy.velocity(obs)
+        u = mean + log_std.exp() * eps[0]
+        log_prob = -(log_std + 0.5 * (eps[0] ** 2 + math.log(2 * math.pi))).sum(-1)
+    else:
+        u, log_prob = rollout(policy.velocity, policy.log_sigma, obs, x0, eps)
     # log(1 - tanh(u)^2), written so that neither it nor its gradient is lost for large u
     log_det = 2 * (math.log(2) - u - F.softplus(-2 * u))
     return u.tanh(), log_prob - log_det.sum(-1)
@@ -472,7 +471,7 @@ def sample_actions(nets, obs, x0, args):
     The drift stays: where sigma is large, the flow of v alone is another policy.
     """
     eps = x0.new_zeros(args.flow_steps, *x0.shape)
-    return sample_with_log_prob(nets.policy, obs, x0, eps, args.acting_noise_std)[0]
+    return sample_with_log_prob(nets.policy, obs, x0, eps)[0]
 
 
 # --------------------------------------------------------------------------------------- losses
@@ -522,9 +521,7 @@ def critic_loss(nets, batch, x0, eps, args):
     obs = batch.observations
     next_obs = batch.next_observations
     with torch.no_grad():
-        next_actions, next_log_prob = sample_with_log_prob(
-            nets.policy, next_obs, x0, eps, args.acting_noise_std
-        )
+        next_actions, next_log_prob = sample_with_log_prob(nets.policy, next_obs, x0, eps)
     if args.critic == "crossq":  # one batch, so that both are normalised by the same statistics
         both_obs = torch.cat([obs, next_obs])
         both_actions = torch.cat([batch.actions, next_actions])
@@ -534,7 +531,9 @@ def critic_loss(nets, batch, x0, eps, args):
     else:
         q = nets.critic(obs, batch.actions)
         next_q = nets.target_critic(next_obs, next_actions)
-    next_v = aggregate(next_q, args.q_agg) - nets.log_temperature.exp() * next_log_prob
+    next_v = aggregate(next_q, args.q_agg)
+    if args.noise_std == 0:  # else there is no entropy
+        next_v = next_v - nets.log_temperature.exp() * next_log_prob
     q_target = batch.rewards + args.discount**args.horizon * batch.masks * next_v
     loss = (batch.valid[:, -1] * (q - q_target.detach()) ** 2).mean()
     return loss, dict(critic_loss=loss, q_mean=q.mean(), q_min=q.amin(), q_max=q.amax())
@@ -557,18 +556,19 @@ def policy_loss(nets, batch, x0, eps, args):
     """
     obs = batch.observations
     nets.policy.train()
-    actions, log_prob = sample_with_log_prob(nets.policy, obs, x0, eps, args.noise_std)
+    actions, log_prob = sample_with_log_prob(nets.policy, obs, x0, eps)
     nets.policy.eval()
     # The action's gradient passes through the critic; the critic's own parameters get none.
     frozen = {name: p.detach() for name, p in nets.critic.named_parameters()}
     q = torch.func.functional_call(nets.critic, frozen, (obs, actions))
-    q = aggregate(q, args.q_agg)
-    loss = (nets.log_temperature.exp().detach() * log_prob - q).mean()
-    metrics = dict(entropy=-log_prob.mean())
+    loss = -aggregate(q, args.q_agg).mean()
+    metrics = {}
+    if args.noise_std == 0:
+        loss = loss + (nets.log_temperature.exp().detach() * log_prob).mean()
+        metrics["entropy"] = -log_prob.mean()
     if args.bc_weight > 0:
-        bc_loss = (
-            (actions - batch.actions) ** 2
-        ).mean()  # all actions, valid or not, as the authors do
+        # of all actions, valid or not, as the authors do
+        bc_loss = ((actions - batch.actions) ** 2).mean()
         loss = loss + args.bc_weight * bc_loss
         metrics["bc_loss"] = bc_loss
     return loss, dict(policy_loss=loss, **metrics)
@@ -591,9 +591,7 @@ def make_optimizers(nets, args):
     on_cuda = nets.log_temperature.is_cuda
 
     def adam(parameters, lr):
-        return torch.optim.Adam(
-            parameters, lr=lr, betas=betas, eps=1e-8, fused=True, capturable=on_cuda
-        )
+        return torch.optim.Adam(parameters, lr, betas, fused=True, capturable=on_cuda)
 
     return Optimizers(
         critic=adam(nets.critic.parameters(), args.q_lr),
@@ -637,12 +635,16 @@ def update_policy(nets, optimizers, batch, noise, args, loss_fn=policy_loss):
     gradients = [parameter.grad for parameter in nets.policy.velocity.parameters()]
     metrics["velocity_grad_norm"] = nn.utils.get_total_norm(gradients)
 
-    temperature = nets.log_temperature.exp()
-    metrics["temperature"] = temperature
-    temperature_loss = temperature * (metrics["entropy"].detach() - args.target_entropy)
-    optimizers.temperature.zero_grad()
-    temperature_loss.backward()
-    optimizers.temperature.step()
+    if args.noise_std == 0:
+        target = args.target_entropy
+        if args.policy == "gaussian" and target == 0:
+            target = -nets.sizes[1]  # minus the number of actions, the convention of SAC
+        temperature = nets.log_temperature.exp()
+        metrics["temperature"] = temperature
+        temperature_loss = temperature * (metrics["entropy"].detach() - target)
+        optimizers.temperature.zero_grad()
+        temperature_loss.backward()
+        optimizers.temperature.step()
     return {name: x.detach() for name, x in metrics.items()}
 
 
@@ -677,8 +679,7 @@ def act_with_noise(nets, obs, args, generator):
     shape = (args.flow_steps + 1, len(obs), action_dim)
     noise = torch.randn(shape, device=device, generator=generator)
     obs = torch.as_tensor(obs, dtype=torch.float32, device=device)
-    std = args.acting_noise_std
-    actions, _ = sample_with_log_prob(nets.policy, obs, noise[0], noise[1:], std)
+    actions, _ = sample_with_log_prob(nets.policy, obs, noise[0], noise[1:])
     return actions.view(len(obs), args.horizon, -1).cpu().numpy()
 
 
@@ -865,11 +866,10 @@ def check_args(args):
     """Raise UserError for a value that cannot work."""
     positive = (
         "batch_size policy_lr q_lr policy_frequency discount tau flow_steps horizon "
-        "init_temperature eval_interval eval_episodes log_interval"
+        "eval_interval eval_episodes log_interval"
     )
     not_negative = (
-        "task seed offline_steps online_steps learning_starts policy_width bc_weight noise_std "
-        "acting_noise_std"
+        "task seed offline_steps online_steps learning_starts policy_width bc_weight noise_std"
     )
     common.check_flags(args, positive, not_negative)
     if args.offline_steps == 0 and args.learning_starts >= args.online_steps:
@@ -882,10 +882,8 @@ def check_args(args):
         )
     if 0 < args.policy_width < 4:
         raise common.UserError(f"--policy-width {args.policy_width}: must be 0 or at least 4")
-    if (args.noise_std > 0) != (args.acting_noise_std > 0):
-        raise common.UserError("--noise-std and --acting-noise-std: give both, or none")
-    if max(args.noise_std, args.acting_noise_std) > 0.5:
-        raise common.UserError("--noise-std and --acting-noise-std: must be at most 0.5")
+    if args.policy == "gaussian" and (args.noise_std > 0 or args.offline_steps > 0):
+        raise common.UserError("--policy gaussian: needs --noise-std 0 and --offline-steps 0")
     if args.env.startswith("visual-"):
         raise common.UserError(f"--env {args.env}: pixels are for fql.py only")
 

@@ -129,8 +129,12 @@ WRONG = [  # script, flags, words of the message
     ("flow_sac", "--online-steps 500", "--learning-starts 1000: must be below --online-steps"),
     ("flow_sac", "--learning-starts 2 --horizon 5", "--learning-starts 2: a chunk has 5 steps"),
     ("flow_sac", "--policy-width 3", "--policy-width 3: must be 0 or at least 4"),
-    ("flow_sac", "--noise-std 0.1", "--noise-std and --acting-noise-std: give both, or none"),
-    ("flow_sac", "--noise-std 0.6 --acting-noise-std 0.1", "must be at most 0.5"),
+    ("flow_sac", "--policy gaussian --noise-std 0.1", "--policy gaussian: needs --noise-std 0"),
+    (
+        "flow_sac",
+        f"--env {NAME} --noise-std 0 --policy gaussian",
+        "--noise-std 0 and --offline-steps 0",
+    ),
     ("flow_sac", "--env cube-double-play-v0 --task 6", "--task 6: no such environment"),
     ("flow_sac", "--task 2", "--task 2: --env Pendulum-v1 is not an OGBench dataset"),
     ("flow_sac", "--dataset x.npz", "--dataset x.npz: --env Pendulum-v1 is not an OGBench"),
@@ -152,7 +156,7 @@ def test_a_mistake_on_the_command_line(script, flags, words, refused):
         ("qflow", "--start-or-resume nowhere"),
         ("fql", "--env antmaze-large-navigate-v0 --rho 0.5 --q-agg mean --task 5"),
         ("flow_sac", f"--env {NAME} --target-entropy -3.5 --bc-weight 0 --learning-starts 0"),
-        ("flow_sac", f"--env {NAME} --noise-std 0.5 --acting-noise-std 0.02 --policy-width 4"),
+        ("flow_sac", f"--env {NAME} --noise-std 0.5 --policy-width 4"),
     ],
 )
 def test_values_that_are_no_mistakes(script, flags, start):

@@ -81,7 +81,11 @@ def test_offline_updates_are_those_of_the_cpu_and_never_wait(method, make, setti
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("settings", [dict(), test_flow_sac.OFFLINE], ids=["scratch", "offline"])
+@pytest.mark.parametrize(
+    "settings",
+    [dict(), dict(policy="gaussian"), test_flow_sac.OFFLINE],
+    ids=["scratch", "gaussian", "offline"],
+)
 def test_updates_of_flow_sac_are_those_of_the_cpu_and_never_wait(settings):
     results = []
     for device in ("cpu", "cuda"):
@@ -92,7 +96,8 @@ def test_updates_of_flow_sac_are_those_of_the_cpu_and_never_wait(settings):
         optimizers = flow_sac.make_optimizers(nets, args)
         for _ in range(3):
             metrics = flow_sac.update_critic(nets, optimizers, batch, noise, args)
-            metrics |= flow_sac.update_velocity(nets, optimizers, batch, noise)
+            if args.policy != "gaussian":
+                metrics |= flow_sac.update_velocity(nets, optimizers, batch, noise)
             metrics |= flow_sac.update_policy(nets, optimizers, batch, noise, args)
         results.append(torch.stack([x.cpu() for x in metrics.values()]))
     assert torch.allclose(*results, rtol=1e-6, atol=1e-8)  # in float64
@@ -106,7 +111,8 @@ def test_updates_of_flow_sac_are_those_of_the_cpu_and_never_wait(settings):
         batch = dataset.sample(64, args.horizon, 0.99, generator)
         noise = flow_sac.sample_noise(batch.actions, args.flow_steps, generator)
         flow_sac.update_critic(nets, optimizers, batch, noise, args)
-        flow_sac.update_velocity(nets, optimizers, batch, noise)
+        if args.policy != "gaussian":
+            flow_sac.update_velocity(nets, optimizers, batch, noise)
         flow_sac.update_policy(nets, optimizers, batch, noise, args)
 
     sample_and_update()  # at first, the libraries are loaded and Adam's state is made

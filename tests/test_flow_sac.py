@@ -43,6 +43,18 @@ def without_drift(velocity, log_sigma):
     return compensated
 
 
+def follow(velocity, log_sigma, obs, x0, eps):
+    """The path that flow_sac.rollout takes: [x_0, ..., x_K]."""
+    path = []
+
+    def noted_velocity(obs, x, t):
+        path.append(x)
+        return velocity(obs, x, t)
+
+    end, _ = flow_sac.rollout(noted_velocity, log_sigma, obs, x0, eps)
+    return [*path, end]
+
+
 def kolmogorov_smirnov(a, b):
     """The two-sample statistic over its critical value at level 0.001: above 1, they differ."""
     values = np.concatenate([a, b])
@@ -68,13 +80,13 @@ def test_noise_preserves_the_distribution_and_without_drift_it_does_not(velocity
         middle = plain if i == steps // 2 else middle
         plain = plain + velocity(None, plain, torch.full_like(plain, i / steps)) / steps
     plain, middle = plain[:, 0].numpy(), middle[:, 0].numpy()
-    path, _ = flow_sac.rollout(velocity, log_sigma, None, normal(n), normal(steps, n))
+    path = follow(velocity, log_sigma, None, normal(n), normal(steps, n))
     assert kolmogorov_smirnov(plain, path[-1][:, 0].numpy()) < 1
     assert kolmogorov_smirnov(middle, path[steps // 2][:, 0].numpy()) < 1
 
     wrong = without_drift(velocity, log_sigma)
-    path, _ = flow_sac.rollout(wrong, log_sigma, None, normal(n), normal(steps, n))
-    assert kolmogorov_smirnov(plain, path[-1][:, 0].numpy()) > 1.5
+    end, _ = flow_sac.rollout(wrong, log_sigma, None, normal(n), normal(steps, n))
+    assert kolmogorov_smirnov(plain, end[:, 0].numpy()) > 1.5
 
 
 # --------------------------------------------------------------------------- the path's log-density
@@ -110,14 +122,8 @@ def make(obs_dim=5, action_dim=3, batch_size=16, **settings):
 
 
 OFFLINE = dict(  # small networks in the rest of the settings that come with a dataset
-    critic="sac", q_agg="mean", horizon=3, bc_weight=100.0, noise_std=0.05, acting_noise_std=0.02
+    critic="sac", q_agg="mean", horizon=3, bc_weight=100.0, noise_std=0.05
 )
-
-
-def follow(policy, obs, x0, eps):
-    """The path that sample_with_log_prob takes: [x_0, ..., x_K]."""
-    path, _ = flow_sac.rollout(policy.velocity, policy.log_sigma, policy.obs_norm(obs), x0, eps)
-    return path
 
 
 @pytest.mark.parametrize("policy", ["flow-t", "flow-g", "naive"])
@@ -127,9 +133,10 @@ def test_log_density_of_the_path_against_torch_distributions(policy):
     actions, log_prob = flow_sac.sample_with_log_prob(
         nets.policy, obs, noise.next_x0, noise.next_eps
     )
-    path = follow(nets.policy, obs, noise.next_x0, noise.next_eps)
-    expected = Normal(0, 1).log_prob(path[0]).sum(-1)
     obs = nets.policy.obs_norm(obs)
+    networks = nets.policy.velocity, nets.policy.log_sigma
+    path = follow(*networks, obs, noise.next_x0, noise.next_eps)
+    expected = Normal(0, 1).log_prob(path[0]).sum(-1)
     for i in range(3):
         t = torch.full((16, 1), i / 3, dtype=torch.float64)
         v, sigma = nets.policy.velocity(obs, path[i], t), nets.policy.log_sigma(obs, t).exp()
@@ -140,8 +147,34 @@ def test_log_density_of_the_path_against_torch_distributions(policy):
     assert torch.allclose(log_prob, expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("policy", ["flow-t", "flow-g", "naive"])
-@pytest.mark.parametrize("settings", [dict(), OFFLINE], ids=["scratch", "offline"])
+def test_a_gaussian_and_its_log_density_against_torch_distributions():
+    args, nets, batch, noise = make(policy="gaussian")
+    obs = batch.observations
+    with torch.no_grad():
+        nets.policy.velocity.mlp[-1].bias[3:] = torch.tensor([-30.0, -1.0, 30.0])  # of log std
+    inputs = nets.policy, obs, noise.next_x0, noise.next_eps
+    actions, log_prob = flow_sac.sample_with_log_prob(*inputs)
+    heads = nets.policy.velocity.mlp(nets.policy.obs_norm(obs))
+    mean, log_std = heads[:, :3], heads[:, 3:].clone()
+    assert (log_std[:, 0] < -20).all() and (log_std[:, 2] > 2).all()
+    log_std[:, 0] = -20
+    log_std[:, 2] = 2
+    u = mean + log_std.exp() * noise.next_eps[0]
+    expected = Normal(mean, log_std.exp()).log_prob(u)
+    expected = expected - TanhTransform().log_abs_det_jacobian(u, u.tanh())
+    assert torch.allclose(actions, u.tanh())
+    assert torch.allclose(log_prob, expected.sum(-1), rtol=1e-8)
+    evaluated = flow_sac.sample_actions(nets, obs, noise.policy_x0, args)
+    assert torch.allclose(evaluated, mean.tanh())
+
+
+@pytest.mark.parametrize(
+    "policy, settings",
+    [
+        *[(policy, dict()) for policy in ("flow-t", "flow-g", "naive", "gaussian")],
+        *[(policy, OFFLINE) for policy in ("flow-t", "flow-g", "naive")],
+    ],
+)
 def test_gradient_of_the_policy_loss_by_finite_differences(policy, settings):
     args, nets, batch, noise = make(policy=policy, **settings)
 
@@ -177,7 +210,8 @@ def test_saturated_actions_have_finite_losses_and_a_gradient_that_leads_back():
         eps = noise.policy_eps[:1]
         actions, log_prob = flow_sac.sample_with_log_prob(nets.policy, batch.observations, x0, eps)
         assert (actions == sign).all() and log_prob.isfinite().all()
-        u = follow(nets.policy, batch.observations, x0, eps)[-1]
+        obs = nets.policy.obs_norm(batch.observations)
+        u, _ = flow_sac.rollout(nets.policy.velocity, nets.policy.log_sigma, obs, x0, eps)
         (slope,) = torch.autograd.grad(u.sum(), x0, retain_graph=True)
         (gradient,) = torch.autograd.grad(log_prob.sum(), x0)
         assert slope.abs().min() > 0.01
@@ -198,7 +232,7 @@ def test_rollouts_of_the_diagnosis_against_torch_distributions(policy, condition
     rollout, log_sigma_class = flow_sac_gradients.REPLACEMENTS[condition]
     log_sigma = log_sigma_class(5, 3, 16).double()
     obs, x0, eps = batch.observations, noise.policy_x0, noise.policy_eps
-    path, log_prob = rollout(nets.policy.velocity, log_sigma, obs, x0, eps)
+    end, log_prob = rollout(nets.policy.velocity, log_sigma, obs, x0, eps)
     expected = Normal(0, 1).log_prob(x0).sum(-1)
     x = x0
     for i in range(3):
@@ -212,17 +246,47 @@ def test_rollouts_of_the_diagnosis_against_torch_distributions(policy, condition
             unit = std  # it is left out
         mean = x + nets.policy.velocity(obs, x, t) / 3
         x = mean + std * eps[i]
-        assert torch.allclose(path[i + 1], x)
         expected += (Normal(mean, std).log_prob(x) + unit.log()).sum(-1)
+    assert torch.allclose(end, x)
     assert torch.allclose(log_prob, expected, rtol=1e-10)
     assert log_sigma.high == (2.0 if condition == "authors" else 0.0)
 
 
-def test_the_logged_gradient_norm_is_that_of_the_loss_by_the_velocity():
-    args, nets, batch, noise = make()
+@pytest.mark.parametrize("policy", ["flow-t", "naive"])
+def test_rollouts_of_one_difference_are_those_of_the_diagnosis(policy, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "results/flow-sac-gradients")
+    monkeypatch.syspath_prepend(ROOT / "results/halfcheetah")
+    import flow_sac_gradients
+    import one_difference
+
+    _, nets, batch, noise = make(policy=policy, flow_steps=3)
+    networks = nets.policy.velocity, nets.policy.log_sigma
+    inputs = batch.observations, noise.policy_x0, noise.policy_eps
+    for authors_noise, rollout in [
+        (False, flow_sac.rollout),
+        (True, flow_sac_gradients.rollout_of_the_authors),
+    ]:
+        found = one_difference.rollout(*networks, *inputs, authors_noise, two_heads=False)
+        for one, other in zip(found, rollout(*networks, *inputs)):
+            assert torch.allclose(one, other, rtol=1e-10)
+    if policy == "flow-t":
+        velocity = one_difference.FlowT(5, 3, 16, has_x=False, two_heads=True)
+    else:
+        velocity = one_difference.Naive(5, 3, 16, has_x=False, has_t=False, two_heads=True)
+    velocity.double()
+    obs, x0, eps = inputs[0], inputs[1], inputs[2][:1]
+    end, _ = one_difference.rollout(velocity, networks[1], obs, x0, eps, True, two_heads=True)
+    v, middle = velocity(obs, x0, torch.zeros(16, 1, dtype=torch.float64)).chunk(2, 1)
+    std = (-5 + 2.5 * (middle.tanh() + 1)).exp()  # K = 1: also of flow-t
+    assert torch.allclose(end, x0 + v + std * eps[0])
+
+
+@pytest.mark.parametrize("policy", ["flow-t", "gaussian"])
+def test_the_logged_gradient_norm_is_that_of_the_loss_by_the_velocity(policy):
+    args, nets, batch, noise = make(policy=policy)
     optimizers = flow_sac.make_optimizers(nets, args)
     metrics = flow_sac.update_policy(nets, optimizers, batch, noise, args)
-    _, nets, _, _ = make()
+    _, nets, _, _ = make(policy=policy)
     flow_sac.policy_loss(nets, batch, noise.policy_x0, noise.policy_eps, args)[0].backward()
     norm = torch.cat([p.grad.flatten() for p in nets.policy.velocity.parameters()]).norm()
     assert metrics["velocity_grad_norm"].item() == pytest.approx(norm.item(), rel=1e-8)
@@ -242,43 +306,67 @@ def test_evaluation_leaves_out_the_noise_and_keeps_the_drift():
 # ----------------------------------------------------------------------------- with a dataset
 
 
-def test_a_given_noise_is_the_unit_of_the_density():
+@pytest.mark.parametrize("policy", ["flow-t", "flow-g", "naive"])
+def test_with_a_fixed_noise_each_step_has_this_standard_deviation(policy):
     std = 0.05
-    _, nets, batch, noise = make(flow_steps=3, **OFFLINE)
+    args, nets, batch, noise = make(policy=policy, flow_steps=3, **OFFLINE)
     obs = batch.observations
+
+    def walk(x, eps):
+        for i in range(3):
+            t = torch.full((16, 1), i / 3, dtype=torch.float64)
+            v = nets.policy.velocity(obs, x, t)
+            mean = x + (v + 3 * std**2 / 2 * (t * v - x) / (1 - t)) / 3  # sigma is std sqrt(3)
+            x = mean + std * eps[i]
+        return x.tanh()
+
     x0, eps = noise.policy_x0, noise.policy_eps
-    actions, log_prob = flow_sac.sample_with_log_prob(nets.policy, obs, x0, eps, std)
-    x = x0
-    expected = Normal(0, 1).log_prob(x).sum(-1)
-    for i in range(3):
-        t = torch.full((16, 1), i / 3, dtype=torch.float64)
-        v = nets.policy.velocity(obs, x, t)
-        mean = x + (v + 3 * std**2 / 2 * (t * v - x) / (1 - t)) / 3  # sigma is std sqrt(3)
-        x = mean + std * eps[i]
-        expected += Normal(mean / std, 1).log_prob(x / std).sum(-1)
-    expected -= TanhTransform().log_abs_det_jacobian(x, actions).sum(-1)
-    assert torch.allclose(actions, x.tanh())
-    assert torch.allclose(log_prob, expected, rtol=1e-10)
+    actions, _ = flow_sac.sample_with_log_prob(nets.policy, obs, x0, eps)
+    assert torch.allclose(actions, walk(x0, eps))
+    evaluated = flow_sac.sample_actions(nets, obs, x0, args)
+    assert torch.allclose(evaluated, walk(x0, 0 * eps))
 
 
-def test_each_use_of_the_policy_has_its_noise(monkeypatch):
+def td_target(nets, batch, noise, args):
+    """The target of each row: (0 - target)^2 - (1 - target)^2 is 2 target - 1."""
+    targets = []
+    for i in range(len(batch.rewards)):
+        row = common.Batch(*(x[i : i + 1] for x in batch))
+        losses = []
+        for q in (0.0, 1.0):
+            with torch.no_grad():
+                nets.critic.mlp[-1].weight.zero_()
+                nets.critic.mlp[-1].bias.fill_(q)
+            eps = noise.next_eps[:, i : i + 1]
+            losses.append(flow_sac.critic_loss(nets, row, noise.next_x0[i : i + 1], eps, args)[0])
+        targets.append((losses[0] - losses[1] + 1).item() / 2)
+    return np.array(targets)
+
+
+@pytest.mark.parametrize("policy", ["flow-t", "flow-g", "naive"])
+def test_with_a_fixed_noise_not_solving_the_task_does_not_pay(policy):
+    """Rewards are at most 0, so is Q; the same rows count as solved or not by their masks alone."""
+    args, nets, batch, noise = make(policy=policy, **OFFLINE)
+    batch = batch._replace(rewards=-batch.rewards.abs(), valid=torch.ones_like(batch.valid))
+    solved = batch._replace(masks=torch.zeros(16, dtype=torch.float64))
+    unsolved = batch._replace(masks=torch.ones(16, dtype=torch.float64))
+    for q in (0.0, -1.0, -50.0):
+        with torch.no_grad():
+            nets.target_critic.mlp[-1].weight.zero_()
+            nets.target_critic.mlp[-1].bias.fill_(q)
+        difference = td_target(nets, solved, noise, args) - td_target(nets, unsolved, noise, args)
+        assert difference == pytest.approx(-(0.99**3) * q, abs=1e-9)
+
+
+def test_with_a_fixed_noise_there_is_no_temperature():
     args, nets, batch, noise = make(**OFFLINE)
-    assert not hasattr(nets.policy, "log_sigma")
-    used = []
-    sample_with_log_prob = flow_sac.sample_with_log_prob
-
-    def record(policy, obs, x0, eps, noise_std=0.0):
-        used.append((noise_std, (eps != 0).all().item()))
-        return sample_with_log_prob(policy, obs, x0, eps, noise_std)
-
-    monkeypatch.setattr(flow_sac, "sample_with_log_prob", record)
-    flow_sac.critic_loss(nets, batch, noise.next_x0, noise.next_eps, args)
-    flow_sac.policy_loss(nets, batch, noise.policy_x0, noise.policy_eps, args)
-    flow_sac.sample_actions(nets, batch.observations, noise.policy_x0, args)
-    nets.float()
-    flow_sac.act(nets, batch.observations, args)
-    flow_sac.act_with_noise(nets, batch.observations, args, None)
-    assert used == [(0.02, True), (0.05, True), (0.02, False), (0.02, False), (0.02, True)]
+    names = {name.split(".")[0] for name, _ in nets.policy.named_parameters()}
+    assert names == {"velocity"}
+    optimizers = flow_sac.make_optimizers(nets, args)
+    metrics = flow_sac.update_critic(nets, optimizers, batch, noise, args)
+    metrics |= flow_sac.update_policy(nets, optimizers, batch, noise, args)
+    assert nets.log_temperature.grad is None
+    assert not {"entropy", "temperature"} & metrics.keys()
 
 
 @pytest.mark.parametrize("critic", ["sac", "crossq"])
@@ -303,10 +391,10 @@ def test_the_critics_loss_of_chunks():
     with torch.no_grad():
         for parameter in nets.target_critic.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, dtype=torch.float64)
-        inputs = batch.next_observations, noise.next_x0, noise.next_eps, 0.02
-        next_actions, log_prob = flow_sac.sample_with_log_prob(nets.policy, *inputs)
+        inputs = batch.next_observations, noise.next_x0, noise.next_eps
+        next_actions, _ = flow_sac.sample_with_log_prob(nets.policy, *inputs)
         next_q = nets.target_critic(batch.next_observations, next_actions).mean(0)
-        target = batch.rewards + 0.99**3 * batch.masks * (next_q - 0.2 * log_prob)
+        target = batch.rewards + 0.99**3 * batch.masks * next_q
         error = nets.critic(batch.observations, batch.actions) - target
         whole = torch.arange(16) % 3 == 2  # the others end before their last step
         expected = (error[:, whole] ** 2).sum() / (2 * 16)
@@ -321,9 +409,9 @@ def test_the_behaviour_term():
     loss, metrics = flow_sac.policy_loss(*inputs, args)
     other, _ = flow_sac.policy_loss(*inputs, without)
     obs = batch.observations
-    actions, _ = flow_sac.sample_with_log_prob(
-        nets.policy, obs, noise.policy_x0, noise.policy_eps, 0.05
-    )
+    actions, _ = flow_sac.sample_with_log_prob(nets.policy, obs, noise.policy_x0, noise.policy_eps)
+    q = nets.critic(obs, actions).mean(0)
+    assert other.item() == pytest.approx(-q.mean().item(), rel=1e-6)  # there is no entropy
     expected = ((actions - batch.actions) ** 2).sum() / (16 * 3)  # also where it is not valid
     assert metrics["bc_loss"].item() == pytest.approx(expected.item(), rel=1e-10)
     assert (loss - other).item() == pytest.approx(100 * expected.item(), rel=1e-8)
@@ -574,6 +662,17 @@ def test_temperature_rises_when_the_entropy_is_below_its_target(entropy, sign):
     assert sign * (nets.log_temperature.item() - before) > 0
 
 
+@pytest.mark.parametrize(
+    "policy, flag, target", [("flow-t", 0.0, 0.0), ("gaussian", 0.0, -3.0), ("gaussian", 1.5, 1.5)]
+)
+def test_the_target_entropy(policy, flag, target):
+    args, nets, batch, noise = make(policy=policy, target_entropy=flag)
+    inputs = nets, flow_sac.make_optimizers(nets, args), batch, noise, args
+    metrics = flow_sac.update_policy(*inputs)
+    slope = 0.2 * (metrics["entropy"].item() - target)  # of the loss by log temperature
+    assert nets.log_temperature.grad.item() == pytest.approx(slope, rel=1e-6)
+
+
 # -------------------------------------------------------------------------------------- training
 
 
@@ -722,6 +821,7 @@ def short_run(folder, **settings):
     "settings",
     [
         dict(policy="flow-g", env="Pendulum-v1", online_steps=210),
+        dict(policy="gaussian", env="Pendulum-v1", online_steps=210),
         pytest.param(
             dict(policy="flow-t", env="Pendulum-v1", critic="sac", horizon=2),
             marks=pytest.mark.slow,

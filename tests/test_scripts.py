@@ -105,7 +105,10 @@ def test_help_has_the_defaults_of_the_environment(help_text):
     assert re.search(r"--lam FLOAT lambda, [^()]*\(default: 20\.0\)", text)
     text = help_text(flow_sac)
     assert re.search(r"--learning-starts INT [^()]*\(default: 1000\)", text)
-    assert re.search(r"--policy {flow-t,flow-g,naive} velocity [^()]*\(default: flow-t\)", text)
+    assert re.search(
+        r"--policy {flow-t,flow-g,naive,gaussian} velocity [^()]*\(default: flow-t\)", text
+    )
+    assert re.search(r"--target-entropy FLOAT [^()]*for gaussian, 0 stands for SAC's -A", text)
 
 
 # ----------------------------------------------------------------------------------------- runs

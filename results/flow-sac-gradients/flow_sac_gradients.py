@@ -39,22 +39,19 @@ RUNS = Path("runs/gradients")
 def rollout_without_drift(velocity, log_sigma, obs, x, eps):
     """As flow_sac.rollout, but x_{i+1} = x_i + v dt + sigma sqrt(dt) eps."""
     dt = 1 / len(eps)
-    path = [x]
     log_prob = -0.5 * (x**2 + math.log(2 * math.pi)).sum(-1)
     for i, noise in enumerate(eps):
         t = torch.full_like(x[:, :1], i * dt)
         log_std = log_sigma(obs, t) + 0.5 * math.log(dt)
         x = x + velocity(obs, x, t) * dt + log_std.exp() * noise
-        path.append(x)
         log_prob = log_prob - (log_std + 0.5 * (noise**2 + math.log(2 * math.pi))).sum(-1)
-    return path, log_prob
+    return x, log_prob
 
 
 def rollout_of_the_authors(velocity, log_std, obs, x, eps):
     """As flow_sac.rollout, but x_{i+1} = x_i + v dt + std eps, for flow-t std dt eps."""
     is_flow_t = isinstance(velocity, flow_sac.FlowT)
     dt = 1 / len(eps)
-    path = [x]
     log_prob = -0.5 * (x**2 + math.log(2 * math.pi)).sum(-1)
     for i, noise in enumerate(eps):
         t = torch.full_like(x[:, :1], i * dt)
@@ -64,9 +61,8 @@ def rollout_of_the_authors(velocity, log_std, obs, x, eps):
             std = std * dt
             log_std_i = torch.zeros_like(log_std_i)
         x = x + velocity(obs, x, t) * dt + std * noise
-        path.append(x)
         log_prob = log_prob - (log_std_i + 0.5 * (noise**2 + math.log(2 * math.pi))).sum(-1)
-    return path, log_prob
+    return x, log_prob
 
 
 class LogStdOfTheAuthors(flow_sac.LogSigma):
