@@ -133,7 +133,7 @@ def stack_frames(env):
 class Batch(NamedTuple):
     """Transitions, or chunks of h consecutive actions: float32 tensors on the dataset's device.
 
-    Of frames, the observations are stacks, uint8 (B, H, W, 3 * C).
+    For pixels, the observations are stacks of frames, uint8 (B, H, W, 3 * C).
     """
 
     observations: torch.Tensor  # (B, O) at the first step of the chunk
@@ -153,27 +153,9 @@ def check_arrays(arrays):
     for name, array in arrays.items():
         if lengths[name] != max(lengths.values()):
             raise ValueError(f"{name} has the wrong length, {lengths[name]}")
-        is_integer = array.dtype.kind in "biu"  # isfinite would take as much memory as the frames
-        if not is_integer and not (array.dtype.kind == "f" and np.isfinite(array).all()):
+        kind = array.dtype.kind
+        if kind not in "biu" and not (kind == "f" and np.isfinite(array).all()):
             raise ValueError(f"{name} has NaN, infinity, or no real numbers")
-
-
-def free_memory(device):
-    """Bytes that are free on a device ("cpu": the host); infinite if the system does not say."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")  # of Linux
-    if not meminfo.exists():
-        return math.inf
-    return 1024 * int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1])
-
-
-def check_memory(num_bytes, device, hint=""):
-    """Raise UserError unless that many bytes, of frames, are free on the device."""
-    missing = num_bytes - free_memory(device)
-    if missing > 0:
-        needed = f"the frames take {num_bytes / 1e9:.1f} GB"
-        raise UserError(f"{needed}, of which {device} lacks {missing / 1e9:.1f} GB{hint}")
 
 
 class HostMemory:
@@ -199,9 +181,13 @@ def store_frames(frames, device, on_host):
     if torch.device(device).type != "cuda":
         return frames.to(device)
     if on_host:
-        check_memory(frames.nbytes, "cpu")
         return torch.as_tensor(HostMemory(frames), device=device)
-    check_memory(frames.nbytes, device, "; --device-data cpu keeps them in host memory")
+    free, _ = torch.cuda.mem_get_info(device)
+    missing = frames.nbytes - free
+    if missing > 0:
+        needed = f"the frames take {frames.nbytes / 1e9:.1f} GB"
+        hint = "--device-data cpu keeps them in host memory"
+        raise UserError(f"{needed}, of which {device} lacks {missing / 1e9:.1f} GB; {hint}")
     return frames.to(device)
 
 
@@ -230,11 +216,9 @@ class Dataset:
         check_arrays(arrays)
         self.has_frames = observations.dtype == np.uint8 and observations.ndim == 4
         for name, array in arrays.items():
-            ndim = 2 if name in ("observations", "actions") else 1
-            is_frames = name == "observations" and self.has_frames
-            if array.ndim != ndim and not is_frames:
-                hint = " (of frames 4, and uint8)" if name == "observations" else ""
-                raise ValueError(f"{name} has {array.ndim} dimensions, must have {ndim}{hint}")
+            ndim = dict(observations=4 if self.has_frames else 2, actions=2).get(name, 1)
+            if array.ndim != ndim:
+                raise ValueError(f"{name} has {array.ndim} dimensions, must have {ndim}")
         if len(valids) > 0 and (not np.any(valids) or valids[-1] != 0):
             raise ValueError("no transitions, or no end of an episode in the last row")
         if (np.abs(actions) > 1).any():
@@ -274,10 +258,10 @@ class Dataset:
         return self.num_rows - self.num_transitions
 
     @property
-    def obs_shape(self):
-        """Of an observation: (O,) or, of stacked frames, (H, W, 3 * C)."""
+    def obs_dim(self):
+        """O or, for pixels, the shape of the stacked frames, (H, W, 3 * C)."""
         *shape, last = self.observations.shape[1:]
-        return (*shape, STACK * last) if self.has_frames else (last,)
+        return (*shape, STACK * last) if self.has_frames else last
 
     def reserve(self, num_transitions):
         """Make room for that many more transitions. Raises UserError.
@@ -396,21 +380,11 @@ def data_folder():
         raise UserError(f"there is no home directory; {hint}") from None
 
 
-def stores_frames(path):
-    """Whether the observations in an npz file are frames. Raises UserError if memory lacks."""
-    with zipfile.ZipFile(path) as archive, archive.open("observations.npy") as file:
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)  # no need to read it all
-    is_frames = dtype == np.uint8 and len(shape) == 4
-    if is_frames:
-        check_memory(math.prod(shape), "cpu")
-    return is_frames
-
-
-def read_ogbench_file(path):
+def read_ogbench_file(path, ob_dtype=np.float32):
     """The arrays of a file in OGBench's layout (name -> array), and where they are from.
 
-    The second is None for official files, which do not say. Raises UserError.
+    The second is None for official files, which do not say. ob_dtype: of the observations. Raises
+    UserError.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -430,10 +404,9 @@ def read_ogbench_file(path):
             raise ValueError(
                 f"has no {', '.join(sorted(missing))}, only {', '.join(sorted(names))}"
             )
-        ob_dtype = np.uint8 if stores_frames(path) else np.float32
         data = ogbench.load_dataset(path, ob_dtype, compact_dataset=True, add_info=True)
-    except UserError:
-        raise
+        if ob_dtype == np.uint8 and data["observations"].max() <= 1:
+            raise ValueError("frames must have numbers from 0 to 255")
     except Exception as error:  # NumPy, zipfile and OGBench raise a dozen types
         raise UserError(f"{path}: not a usable dataset: {error}") from None
     if "qpos" not in data:
@@ -456,8 +429,9 @@ def load_dataset(path, env_id, device, sparse=False, frames_on_host=False):
     where the mask is 0, which means solved, and -1 elsewhere, as in `sparse_reward`.
     frames_on_host: as for Dataset. Raises UserError.
     """
-    data, source = read_ogbench_file(path)
     with make_env(env_id) as env:
+        has_frames = env.observation_space.dtype == np.uint8
+        data, source = read_ogbench_file(path, np.uint8 if has_frames else np.float32)
         expected = env.observation_space.shape + env.action_space.shape
         try:
             check_arrays(data)
@@ -742,14 +716,15 @@ def check_compiler():
 def check_env(env, dataset):
     """Raise UserError unless a step in the environment, and its spaces, are what training needs."""
     for kind, space in (("observation", env.observation_space), ("action", env.action_space)):
-        dimensions = (1, 3) if kind == "observation" else (1,)  # three: an image
-        if not isinstance(space, Box) or len(space.shape) not in dimensions:
-            raise UserError(f"the {kind} space is {space}, must be a Box of one dimension")
+        ndim = 3 if kind == "observation" and dataset.has_frames else 1
+        if not isinstance(space, Box) or len(space.shape) != ndim:
+            raise UserError(f"the {kind} space is {space}, must be a Box with {ndim} dimension(s)")
     space = env.action_space
     if space.dtype.kind != "f" or (space.low != -1).any() or (space.high != 1).any():
         hint = "must be floating point from -1 to 1: see gymnasium.wrappers.RescaleAction"
         raise UserError(f"the action space is {space}, {hint}")
-    found = (dataset.obs_shape, tuple(dataset.actions.shape[1:]))
+    obs_shape = dataset.obs_dim if dataset.has_frames else (dataset.obs_dim,)
+    found = (obs_shape, tuple(dataset.actions.shape[1:]))
     expected = (env.observation_space.shape, env.action_space.shape)
     if found != expected:
         raise UserError(f"observation, action sizes: {found} in the data, {expected} in the env")

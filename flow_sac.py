@@ -720,7 +720,7 @@ def train(args, dataset, env, eval_env, run):
     device = dataset.actions.device
     torch.manual_seed(args.seed + 2**31)  # weights; not the seed of the noise
     generator = torch.Generator(device).manual_seed(args.seed)
-    obs_dim = dataset.observations.shape[1]
+    obs_dim = dataset.obs_dim
     action_dim = args.horizon * dataset.actions.shape[1]
     nets = Networks(obs_dim, action_dim, args).to(device)
     optimizers = make_optimizers(nets, args)

@@ -65,8 +65,6 @@ class Args:
     """task of the environment, 1 to 5; 0 is OGBench's default task"""
     dataset: str = ""
     """npz file or its URL; default: the official file (pointmaze-*-navigate: collected here)"""
-    device_data: Literal["device", "cpu"] = "device"
-    """where frames of pixels are kept, 12.3 GB per million: the device, or the host's memory"""
     sparse: bool = False
     """scene and puzzle: the reward is -1 until solved, not minus the number of unsolved parts"""
     seed: int = 0
@@ -119,6 +117,8 @@ class Args:
     """compile the losses (takes a minute); on CUDA, also capture the update as one CUDA graph"""
     matmul_precision: Literal["highest", "high", "medium"] = "high"
     """high: TF32 on CUDA, float32 on CPUs; medium: faster on AMD CPUs without bfloat16 units"""
+    device_data: Literal["device", "cpu"] = "device"
+    """pixels: where the frames are kept, the device or the host's memory (12.3 GB per million)"""
 
 
 # Defaults per environment, from the paper (pointmaze: our own, small enough for a laptop). Keys are
@@ -247,15 +247,15 @@ class Networks(nn.Module):
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
         self.sizes = (obs_dim, action_dim)
-        on_pixels = isinstance(obs_dim, tuple)
-        input_dim = Encoder.feature_dim if on_pixels else obs_dim
-        self.critic = Critic(input_dim, action_dim, args.hidden, args.num_critics)
-        self.velocity = Velocity(input_dim, action_dim, args.hidden)
-        self.one_step = OneStep(input_dim, action_dim, args.hidden)
-        if on_pixels:
-            self.critic = OnPixels(obs_dim, self.critic)
-            self.velocity = OnPixels(obs_dim, self.velocity)
-            self.one_step = OnPixels(obs_dim, self.one_step)
+        image_shape = None
+        if isinstance(obs_dim, tuple):
+            image_shape = obs_dim
+            obs_dim = Encoder.feature_dim
+        self.critic = Critic(obs_dim, action_dim, args.hidden, args.num_critics)
+        self.velocity = Velocity(obs_dim, action_dim, args.hidden)
+        self.one_step = OneStep(obs_dim, action_dim, args.hidden)
+        if image_shape:
+            add_encoders(self, image_shape)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
 
@@ -349,8 +349,8 @@ def policy_loss(nets, batch, z, args):
     obs = batch.observations
     actions = nets.one_step(obs, z)
     with torch.no_grad():
-        velocity, inputs = encode_once(nets.velocity, obs)  # states stay as they are
-        flow_actions = rollout(velocity, inputs, z, torch.zeros_like(z[:, :1]), args.flow_steps)
+        flow, flow_obs = encode_once(nets.velocity, obs)  # pixels: one encoding for all K steps
+        flow_actions = rollout(flow, flow_obs, z, torch.zeros_like(z[:, :1]), args.flow_steps)
     distill_loss = ((actions - flow_actions) ** 2).mean()
     # The action's gradient passes through the critic; the critic's own parameters get none.
     frozen = {name: p.detach() for name, p in nets.critic.named_parameters()}
@@ -364,8 +364,6 @@ def policy_loss(nets, batch, z, args):
 
 def total_loss(nets, batch, noise, args):
     """The sum of the losses; each trains its own network only."""
-    if isinstance(noise, PixelNoise):
-        batch = augment(batch, noise.crop)
     q_target = td_target(nets, batch, noise.next_z, args)
     td_loss, q_metrics = critic_loss(nets, batch, q_target)
     fm_loss, fm_metrics = flow_loss(nets, batch, noise.flow_x0, noise.flow_t)
@@ -376,13 +374,14 @@ def total_loss(nets, batch, noise, args):
 
 # --------------------------------------------------------------------------------------- pixels
 #
-# Skip this when you read about states. An observation of the visual-* tasks is an image of shape
-# (H, W, C): three frames in a row, stacked on their channels, uint8. Each network encodes it by
-# itself; the batch is augmented by small shifts, half of the time.
+# Not needed for state observations. An observation of the visual-* tasks is an image (H, W, C),
+# uint8: the last three frames, concatenated along the channels. Each network, the target critic
+# too, has an encoder of its own, which the critics of the ensemble share. Half of the batches are
+# augmented by small shifts, the same ones for s and s'.
 
 
 class ResidualStack(nn.Module):
-    """Convolution, pooling, one residual block: (B, in, H, W) -> (B, out, H / 2, W / 2)."""
+    """Convolution, pooling to half the size, one residual block: (B, in, H, W) -> (B, out, ...)."""
 
     def __init__(self, in_channels, channels):
         super().__init__()
@@ -397,16 +396,15 @@ class ResidualStack(nn.Module):
     def forward(self, x):
         x = self.conv(x)
         # JAX's "SAME": an even size is padded at its end only, an odd one on both sides.
-        odd = (x.shape[2] % 2, x.shape[3] % 2)
-        x = F.max_pool2d(x, 3, stride=2, padding=odd, ceil_mode=True)
+        padding = (x.shape[2] % 2, x.shape[3] % 2)
+        x = F.max_pool2d(x, 3, stride=2, padding=padding, ceil_mode=True)
         return x + self.block(x)
 
 
 class Encoder(nn.Module):
     """Images (B, H, W, C) from 0 to 255 -> features (B, 512): the authors' small IMPALA network.
 
-    Convolutions run channels-last: this is how the frames lie in memory, so nothing is copied, and
-    what the tensor cores of a GPU read.
+    Convolutions run channels-last, as the frames lie in memory, so that nothing is transposed.
     """
 
     channels = (16, 32, 32)
@@ -436,7 +434,7 @@ class Encoder(nn.Module):
         return F.gelu(x, approximate="tanh")
 
 
-class OnPixels(nn.Module):
+class WithEncoder(nn.Module):
     """A network that sees images: an encoder, and a head that sees features in place of states."""
 
     def __init__(self, image_shape, head):
@@ -448,40 +446,41 @@ class OnPixels(nn.Module):
         return self.head(self.encoder(images), *inputs)
 
 
+def add_encoders(nets, image_shape):
+    """Let each of the `Networks` begin with an encoder."""
+    nets.critic = WithEncoder(image_shape, nets.critic)
+    nets.velocity = WithEncoder(image_shape, nets.velocity)
+    nets.one_step = WithEncoder(image_shape, nets.one_step)
+
+
 def encode_once(net, obs):
-    """A network and its observations for many calls: of images, the head and their features."""
-    if isinstance(net, OnPixels):
+    """Network and input for repeated calls on the same observations: of images, their features."""
+    if isinstance(net, WithEncoder):
         return net.head, net.encoder(obs)
     return net, obs
 
 
-class PixelNoise(NamedTuple):
-    """Noise, and offsets for `augment` from 0 to 6, (B, 2), where 3 is none."""
-
-    next_z: torch.Tensor
-    flow_x0: torch.Tensor
-    flow_t: torch.Tensor
-    policy_z: torch.Tensor
-    crop: torch.Tensor
+PADDING = 3  # pixels at each edge; the largest shift
 
 
-def add_crop(noise, generator):
-    """Noise as PixelNoise: in half of the batches, each sample has an offset of its own."""
-    device = noise.flow_t.device
-    offsets = torch.randint(7, (len(noise.flow_t), 2), device=device, generator=generator)
-    coin = torch.rand(1, device=device, generator=generator)
-    return PixelNoise(*noise, crop=torch.where(coin < 0.5, offsets, 3))
+def sample_offsets(actions, generator):
+    """Offsets (B, 2) for `augment`: in half of the batches, each sample has a shift of its own."""
+    offsets = torch.randint(
+        2 * PADDING + 1, (len(actions), 2), device=actions.device, generator=generator
+    )
+    coin = torch.rand(1, device=actions.device, generator=generator)
+    return torch.where(coin < 0.5, offsets, PADDING)  # an `if` would wait for the device
 
 
 def augment(batch, offsets):
-    """The batch with images that were padded by 3 copies of their edges and cropped at offsets.
+    """Images padded by copies of their edges and cropped at offsets; PADDING means no shift.
 
     offsets (B, 2), down and right, hold for all frames and for the next observations too.
     """
     b, height, width, _ = batch.observations.shape
     device = offsets.device
-    y = torch.arange(height, device=device) + offsets[:, :1] - 3  # (B, H)
-    x = torch.arange(width, device=device) + offsets[:, 1:] - 3  # (B, W)
+    y = torch.arange(height, device=device) + offsets[:, :1] - PADDING  # (B, H)
+    x = torch.arange(width, device=device) + offsets[:, 1:] - PADDING  # (B, W)
     y = y.clamp(0, height - 1)[:, :, None]
     x = x.clamp(0, width - 1)[:, None, :]
     sample = torch.arange(b, device=device)[:, None, None]
@@ -574,9 +573,7 @@ def train(args, dataset, env, eval_env, run):
     device = dataset.actions.device
     torch.manual_seed(args.seed + 2**31)  # weights; not the seed of the noise
     generator = torch.Generator(device).manual_seed(args.seed)
-    obs_dim = dataset.observations.shape[1]
-    if dataset.has_frames:
-        obs_dim = dataset.obs_shape
+    obs_dim = dataset.obs_dim
     action_dim = args.horizon * dataset.actions.shape[1]
     nets = Networks(obs_dim, action_dim, args).to(device)
     optimizer = make_optimizer(nets, args)
@@ -598,7 +595,7 @@ def train(args, dataset, env, eval_env, run):
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
         noise = sample_noise(batch.actions, generator)
         if dataset.has_frames:
-            noise = add_crop(noise, generator)
+            batch = augment(batch, sample_offsets(batch.actions, generator))
         return update(nets, optimizer, batch, noise, args, loss_fn)
 
     if args.compile and device.type == "cuda":
@@ -676,9 +673,9 @@ def train(args, dataset, env, eval_env, run):
 def make_env(args, **options):
     """The environment of --env with actions in [-1, 1]; options: as for gymnasium.make."""
     _, _, env_id = common.resolve_task(args.env, args.task)
+    env = common.make_env(env_id, **options)
     if env_id.startswith("visual-"):
-        return common.stack_frames(common.make_env(env_id, **options))
-    env = gymnasium.make(env_id, **options)
+        env = common.stack_frames(env)
     if args.sparse:
         env = gymnasium.wrappers.TransformReward(env, common.sparse_reward)
     return env
@@ -706,11 +703,16 @@ def main():
     eval_env = SeededEnv(make_env(args))
     device = choose_device(args.device)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    torch.backends.cudnn.allow_tf32 = args.matmul_precision != "highest"  # in convolutions
+    torch.backends.cudnn.allow_tf32 = args.matmul_precision != "highest"  # pixels: convolutions
     if args.compile:
         common.check_compiler()
     dataset, description = common.get_dataset(
-        dataset_name, env_id, args.dataset, device, args.sparse, args.device_data == "cpu"
+        dataset_name,
+        env_id,
+        args.dataset,
+        device,
+        args.sparse,
+        frames_on_host=args.device_data == "cpu",
     )
     if args.horizon > len(dataset):
         raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")

@@ -135,7 +135,7 @@ def test_updates_on_pixels_are_those_of_the_cpu_and_never_wait(frames_on_host):
     assert (added < frames.nbytes) == frames_on_host
     assert dataset.observations.is_cuda and np.array_equal(dataset.observations.cpu(), frames)
     args = fql.Args(hidden=(16, 16), flow_steps=3, batch_size=16)
-    nets = fql.Networks(dataset.obs_shape, 3, args)
+    nets = fql.Networks(dataset.obs_dim, 3, args)
     results = []
     for device in ("cpu", "cuda"):
         data = dataset if device == "cuda" else common.Dataset(frames, *rest)
@@ -144,8 +144,10 @@ def test_updates_on_pixels_are_those_of_the_cpu_and_never_wait(frames_on_host):
         starts = torch.arange(16, device=device) * 10
         batch = data.chunks(starts, 1, args.discount)
         generator = torch.Generator().manual_seed(0)
-        noise = fql.add_crop(fql.sample_noise(batch.actions.cpu(), generator), generator)
-        noise = fql.PixelNoise(*(x.to(device) for x in noise))
+        noise = fql.sample_noise(batch.actions.cpu(), generator)
+        noise = fql.Noise(*(x.to(device) for x in noise))
+        offsets = fql.sample_offsets(batch.actions.cpu(), generator)
+        batch = fql.augment(batch, offsets.to(device))
         metrics = fql.update(copied, optimizer, batch, noise, args)
         results.append(torch.stack([x.cpu() for x in metrics.values()]))
     assert torch.allclose(*results, rtol=1e-2, atol=1e-3)  # convolutions may use TF32
@@ -155,7 +157,8 @@ def test_updates_on_pixels_are_those_of_the_cpu_and_never_wait(frames_on_host):
 
     def sample_and_update():
         batch = dataset.sample(16, 1, args.discount, generator)
-        noise = fql.add_crop(fql.sample_noise(batch.actions, generator), generator)
+        noise = fql.sample_noise(batch.actions, generator)
+        batch = fql.augment(batch, fql.sample_offsets(batch.actions, generator))
         return fql.update(copied, optimizer, batch, noise, args)
 
     sample_and_update()  # at first, the libraries are loaded and Adam's state is made

@@ -115,7 +115,7 @@ def check(make_env):
         ),
         (lambda: Own(action_space=Box(0, 1, (2,), np.float32)), "from -1 to 1: see .*RescaleActio"),
         (lambda: Own(action_space=Box(1, 1, (2,), np.float32)), "from -1 to 1: see .*RescaleActio"),
-        (lambda: Own(action_space=Box(-1, 1, (2, 1), np.float32)), "a Box of one dimension"),
+        (lambda: Own(action_space=Box(-1, 1, (2, 1), np.float32)), "a Box with 1 dimension"),
         (lambda: Own(observation_space=Box(-1, 1, (3, 1), np.float32)), "the observation space is"),
         (lambda: Own(observation_space=Discrete(3)), "the observation space is Discrete"),
         (
@@ -141,7 +141,7 @@ def test_train_checks_the_environment_first():
     for script in (qflow, flow_sac):
         with pytest.raises(common.UserError, match="the action space is Discrete"):
             env = Own(action_space=Discrete(4))
-            script.train(script.Args(), None, env, Own(), run)
+            script.train(script.Args(), DATASET, env, Own(), run)
     assert run.mock_calls == []
 
 

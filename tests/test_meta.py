@@ -93,12 +93,13 @@ def test_offline_updates(method, settings):
 def test_updates_on_pixels(horizon):
     args = fql.Args(hidden=(16, 16), flow_steps=3, batch_size=8, horizon=horizon)
     dataset = meta_dataset(np.zeros((40, 16, 16, 3), np.uint8))
-    nets = fql.Networks(dataset.obs_shape, 3 * args.horizon, args).to("meta")
+    nets = fql.Networks(dataset.obs_dim, 3 * args.horizon, args).to("meta")
     optimizer = NoOptimizer(p for p in nets.parameters() if p.requires_grad)
     generator = torch.Generator()
     with MetaOnly():
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
-        noise = fql.add_crop(fql.sample_noise(batch.actions, generator), generator)
+        noise = fql.sample_noise(batch.actions, generator)
+        batch = fql.augment(batch, fql.sample_offsets(batch.actions, generator))
         metrics = fql.update(nets, optimizer, batch, noise, args)
     assert batch.observations.shape == batch.next_observations.shape == (8, 16, 16, 9)
     assert all(x.is_meta for x in metrics.values())

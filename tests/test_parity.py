@@ -51,7 +51,7 @@ def golden_parameters(nets):
     named = {}
     for net, module in nets.named_children():
         net = NETS.get(net, net)
-        if isinstance(module, fql.OnPixels):
+        if isinstance(module, fql.WithEncoder):
             named |= golden_encoder(module.encoder, f"{net}/encoder")
             net = f"{net}/head"
             module = module.head

@@ -26,30 +26,32 @@ OWN_OF_FLOW_SAC = {
 # What fql.py has in addition for pixels: lines of qflow.py -> lines of fql.py.
 ON_PIXELS = {
     "train": {
-        """    obs_dim = dataset.observations.shape[1]
-""": """    obs_dim = dataset.observations.shape[1]
-    if dataset.has_frames:
-        obs_dim = dataset.obs_shape
-""",
         """        noise = sample_noise(batch.actions, generator)
 """: """        noise = sample_noise(batch.actions, generator)
         if dataset.has_frames:
-            noise = add_crop(noise, generator)
+            batch = augment(batch, sample_offsets(batch.actions, generator))
 """,
     },
     "make_env": {
         """    env = gymnasium.make(env_id, **options)
-""": """    if env_id.startswith("visual-"):
-        return common.stack_frames(common.make_env(env_id, **options))
-    env = gymnasium.make(env_id, **options)
+""": """    env = common.make_env(env_id, **options)
+    if env_id.startswith("visual-"):
+        env = common.stack_frames(env)
 """,
     },
     "main": {
         """    torch.set_float32_matmul_precision(args.matmul_precision)
 """: """    torch.set_float32_matmul_precision(args.matmul_precision)
-    torch.backends.cudnn.allow_tf32 = args.matmul_precision != "highest"  # in convolutions
+    torch.backends.cudnn.allow_tf32 = args.matmul_precision != "highest"  # pixels: convolutions
 """,
-        "device, args.sparse\n": 'device, args.sparse, args.device_data == "cpu"\n',
+        """        dataset_name, env_id, args.dataset, device, args.sparse
+""": """        dataset_name,
+        env_id,
+        args.dataset,
+        device,
+        args.sparse,
+        frames_on_host=args.device_data == "cpu",
+""",
     },
 }
 DIFFERENT = {

@@ -29,7 +29,7 @@ def main(path: tyro.conf.Positional[Path]):
         common.write_dataset(repeated, "repeated", data)
         del data
         tracemalloc.start()
-        data, _ = common.read_ogbench_file(repeated)
+        data, _ = common.read_ogbench_file(repeated, np.uint8)
     ones = np.ones(len(data["valids"]))  # rewards would need an environment that renders
     dataset = common.Dataset(data["observations"], data["actions"], ones, ones, data["valids"])
     del data
