@@ -289,7 +289,7 @@ def sample_actions(nets, obs, x0, args):
 
 
 class Noise(NamedTuple):
-    """All random numbers of an update: x0, z ~ N(0, I), (B, h * A), and t ~ U(0, 1), (B, 1)."""
+    """All random numbers of the losses: x0, z ~ N(0, I), (B, h * A), and t ~ U(0, 1), (B, 1)."""
 
     next_z: torch.Tensor
     flow_x0: torch.Tensor
@@ -349,8 +349,8 @@ def policy_loss(nets, batch, z, args):
     obs = batch.observations
     actions = nets.one_step(obs, z)
     with torch.no_grad():
-        flow, flow_obs = encode_once(nets.velocity, obs)  # pixels: one encoding for all K steps
-        flow_actions = rollout(flow, flow_obs, z, torch.zeros_like(z[:, :1]), args.flow_steps)
+        velocity, flow_obs = encode_once(nets.velocity, obs)  # states: both as they are
+        flow_actions = rollout(velocity, flow_obs, z, torch.zeros_like(z[:, :1]), args.flow_steps)
     distill_loss = ((actions - flow_actions) ** 2).mean()
     # The action's gradient passes through the critic; the critic's own parameters get none.
     frozen = {name: p.detach() for name, p in nets.critic.named_parameters()}
@@ -594,7 +594,7 @@ def train(args, dataset, env, eval_env, run):
     def sample_and_update():
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
         noise = sample_noise(batch.actions, generator)
-        if dataset.has_frames:
+        if dataset.has_frames:  # pixels
             batch = augment(batch, sample_offsets(batch.actions, generator))
         return update(nets, optimizer, batch, noise, args, loss_fn)
 

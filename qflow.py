@@ -272,7 +272,7 @@ def sample_actions(nets, obs, x0, args):
 
 
 class Noise(NamedTuple):
-    """All random numbers of an update: x0 ~ N(0, I), (B, h * A), and t ~ U(0, 1), (B, 1)."""
+    """All random numbers of the losses: x0 ~ N(0, I), (B, h * A), and t ~ U(0, 1), (B, 1)."""
 
     next_x0: torch.Tensor
     value_x0: torch.Tensor

@@ -28,7 +28,7 @@ ON_PIXELS = {
     "train": {
         """        noise = sample_noise(batch.actions, generator)
 """: """        noise = sample_noise(batch.actions, generator)
-        if dataset.has_frames:
+        if dataset.has_frames:  # pixels
             batch = augment(batch, sample_offsets(batch.actions, generator))
 """,
     },
