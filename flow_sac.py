@@ -122,7 +122,7 @@ class Args:
     compile: bool = False
     """compile the losses (takes a minute); on CUDA, also capture the update as one CUDA graph"""
     matmul_precision: Literal["highest", "high", "medium"] = "high"
-    """high: TF32 on CUDA, float32 on CPUs; medium: faster on AMD CPUs without bfloat16 units"""
+    """high: TF32 on CUDA, float32 on CPUs; medium: may use bfloat16, faster on some AMD CPUs"""
 
 
 # The authors' settings from scratch are the defaults in Args; these are theirs for a dataset, which

@@ -116,7 +116,7 @@ class Args:
     compile: bool = False
     """compile the losses (takes a minute); on CUDA, also capture the update as one CUDA graph"""
     matmul_precision: Literal["highest", "high", "medium"] = "high"
-    """high: TF32 on CUDA, float32 on CPUs; medium: faster on AMD CPUs without bfloat16 units"""
+    """high: TF32 on CUDA, float32 on CPUs; medium: may use bfloat16, faster on some AMD CPUs"""
     device_data: Literal["device", "cpu"] = "device"
     """pixels: where the frames are kept, the device or the host's memory (12.3 GB per million)"""
 

@@ -113,7 +113,7 @@ class Args:
     compile: bool = False
     """compile the losses (takes a minute); on CUDA, also capture the update as one CUDA graph"""
     matmul_precision: Literal["highest", "high", "medium"] = "high"
-    """high: TF32 on CUDA, float32 on CPUs; medium: faster on AMD CPUs without bfloat16 units"""
+    """high: TF32 on CUDA, float32 on CPUs; medium: may use bfloat16, faster on some AMD CPUs"""
 
 
 # Defaults per environment, from the paper (pointmaze: our own, small enough for a laptop). Keys are
