@@ -735,6 +735,9 @@ def check_env(env, dataset):
         raise UserError(f"a step in the environment failed: {error}") from None
     if obs.shape != env.observation_space.shape or not np.isfinite(obs).all():
         raise UserError(f"a step in the environment: an observation of {obs.shape}, or not finite")
+    if not env.has_wrapper_attr("_max_episode_steps"):
+        hint = "if episodes can go on forever, use gymnasium.wrappers.TimeLimit"
+        print(f"the environment has no time limit; {hint}")
 
 
 # --------------------------------------------------------------------------------- run's folder

@@ -145,6 +145,13 @@ def test_train_checks_the_environment_first():
     assert run.mock_calls == []
 
 
+def test_an_environment_without_a_time_limit_is_warned_about(capsys):
+    check(lambda: Own(time_limit=None))
+    assert "no time limit; if episodes can go on forever" in capsys.readouterr().out
+    check(lambda: gymnasium.wrappers.TimeLimit(Own(time_limit=None), 7))
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("low, high", [(0, 0), (-np.inf, np.inf), (0, np.inf)])
 def test_flow_sac_refuses_actions_that_cannot_be_rescaled(monkeypatch, low, high):
     env = Own(action_space=Box(low, high, (2,), np.float32))
