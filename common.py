@@ -658,27 +658,12 @@ def collect_episode(job):
 
 
 def command_line():
-    """sys.argv as tyro reads it; also takes 1e6 for an integer and what W&B's sweeps write.
-
-    --flag=True and --flag=False become --flag and --no-flag, --hidden=[256, 256] two numbers.
-    """
+    """sys.argv for tyro, with 1e6 written out: it would be no integer."""
     words = []
     for word in sys.argv[1:]:
-        name, equals, value = word.partition("=")
-        if not (name.startswith("--") and equals):
-            words.append(word)
-        elif value == "True":
-            words.append(name)
-        elif value == "False":
-            words.append(name.replace("--", "--no-", 1))
-        elif value.startswith("["):
-            words += [name, *value.strip("[]").replace(",", " ").split()]
-        else:
-            words += [name, value]
-    for i, word in enumerate(words):
-        is_integer = re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", word) and float(word).is_integer()
-        if is_integer:
-            words[i] = f"{float(word):.0f}"
+        flag, equals, value = word.rpartition("=")
+        is_integer = re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", value) and float(value).is_integer()
+        words.append(f"{flag}{equals}{float(value):.0f}" if is_integer else word)
     return words
 
 
@@ -704,17 +689,14 @@ def check_compiler():
     try:
         torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.ones(8))
     except Exception as error:  # of the compiler, its headers, the linker, the cache's folder
-        text = str(error)
-        hint = "a C++ compiler is missing or too old: install g++, or name one in CXX"
-        if "Python.h" in text:
-            hint = "Python's headers are missing: install python3-dev (or python3-devel)"
-        elif "ermission" in text or "failed to map" in text:
-            hint = "set TORCHINDUCTOR_CACHE_DIR to a folder where programs can be executed"
-        raise UserError(f"--compile: torch cannot compile here; {hint}") from None
+        reason = str(error).partition("\n")[0]
+        hint = "it needs g++ (or another one, in CXX), Python's headers (python3-dev) and, if /tmp "
+        hint += "is mounted noexec, TORCHINDUCTOR_CACHE_DIR in a folder where programs may run"
+        raise UserError(f"--compile: torch cannot compile here: {reason}; {hint}") from None
 
 
 def check_env(env, dataset):
-    """Raise UserError unless a step in the environment, and its spaces, are what training needs."""
+    """Raise UserError unless the environment's spaces are what training needs."""
     for kind, space in (("observation", env.observation_space), ("action", env.action_space)):
         ndim = 3 if kind == "observation" and dataset.has_frames else 1
         if not isinstance(space, Box) or len(space.shape) != ndim:
@@ -728,13 +710,6 @@ def check_env(env, dataset):
     expected = (env.observation_space.shape, env.action_space.shape)
     if found != expected:
         raise UserError(f"observation, action sizes: {found} in the data, {expected} in the env")
-    try:
-        env.reset(seed=0)
-        obs, _, _, _, _ = env.step(np.zeros(space.shape, space.dtype))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"a step in the environment failed: {error}") from None
-    if obs.shape != env.observation_space.shape or not np.isfinite(obs).all():
-        raise UserError(f"a step in the environment: an observation of {obs.shape}, or not finite")
     if not env.has_wrapper_attr("_max_episode_steps"):
         hint = "if episodes can go on forever, use gymnasium.wrappers.TimeLimit"
         print(f"the environment has no time limit; {hint}")
@@ -887,11 +862,11 @@ class Run:
             self.wandb.finish(exit_code=1 if error else 0)
         self.lock.release()
 
-    def restore(self, nets):
-        """Load the last checkpoint's weights into `nets` and return all of it; None in a new run.
+    def begin(self, nets):
+        """Write config.json and return the last checkpoint, or None in a new run.
 
-        Prints which settings have changed, writes config.json and removes the rows that were logged
-        after the checkpoint.
+        The checkpoint's weights are loaded into `nets`, rows that were logged after it are removed,
+        and changed settings are printed.
         """
         checkpoint = None
         wandb_id = None

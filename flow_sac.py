@@ -32,7 +32,6 @@ Critics without target networks: Bhatt et al., CrossQ, ICLR 2024, https://arxiv.
 
 import copy
 import math
-import random
 import re
 import signal
 import sys
@@ -442,8 +441,8 @@ def rollout(velocity, log_sigma, obs, x, eps):
         score = (t * v - x) / (1 - t)
         drift = v + 0.5 * (2 * log_std).exp() * score
         x = x + drift * dt + log_std.exp() * math.sqrt(dt) * noise
-        step = log_std + 0.5 * (noise**2 + math.log(2 * math.pi * dt))  # -log N(x_{i+1}; ...)
-        log_prob = log_prob - step.sum(-1)
+        log_density = -log_std - 0.5 * (noise**2 + math.log(2 * math.pi * dt))  # of x_{i+1}
+        log_prob = log_prob + log_density.sum(-1)
     return x, log_prob
 
 
@@ -476,10 +475,16 @@ def sample_actions(nets, obs, x0, args):
 
 # --------------------------------------------------------------------------------------- losses
 #
-# A batch has observations (B, O), actions (B, h * A), rewards (B,), the discounted sum over the
-# valid steps of a chunk, masks (B,), 0 where the environment terminated, next_observations (B, O),
-# and valid (B, h), 0 for steps after the end of the episode. A chunk whose last step is not valid
-# has weight 0 in TD.
+# A batch:
+#
+#     observations       (B, O)
+#     actions            (B, h * A)
+#     rewards            (B,)    discounted sum over the valid steps of a chunk
+#     masks              (B,)    0 where the environment terminated, else 1
+#     next_observations  (B, O)
+#     valid              (B, h)  0 for steps after the end of the episode, else 1
+#
+# A chunk whose last step is not valid has weight 0 in TD.
 
 
 class Noise(NamedTuple):
@@ -683,15 +688,25 @@ def act_with_noise(nets, obs, args, generator):
     return actions.view(len(obs), args.horizon, -1).cpu().numpy()
 
 
+def reset(env, seed):
+    """The first observation of an episode that follows from the seed.
+
+    OGBench draws from NumPy's global generator too. A copy: the environment may reuse its buffer.
+    """
+    seed %= 2**32  # NumPy takes no more
+    np.random.seed(seed)
+    obs, _ = env.reset(seed=seed)
+    return np.array(obs)
+
+
 def evaluate(policy, env, num_episodes, seed):
     """Success (NaN if the environment has none), return and length: arrays (num_episodes,).
 
-    policy: observations (1, O) -> the next h actions (1, h, A), as NumPy arrays. env: a
-    `SeededEnv`.
+    policy: observations (1, O) -> the next h actions (1, h, A), as NumPy arrays.
     """
     results = {"success": [], "return": [], "length": []}
     for episode in range(num_episodes):
-        obs, _ = env.reset(seed=seed * num_episodes + episode)
+        obs = reset(env, seed * num_episodes + episode)
         chunk = []
         rewards = []
         done = False
@@ -699,7 +714,7 @@ def evaluate(policy, env, num_episodes, seed):
             if not chunk:
                 chunk = list(policy(obs[None])[0])
             obs, reward, terminated, truncated, info = env.step(chunk.pop(0))  # open loop
-            rewards.append(reward)
+            rewards.append(np.asarray(reward).item())  # an array of one, in some environments
             done = terminated or truncated
         results["success"].append(info.get("success", math.nan))
         results["return"].append(sum(rewards))
@@ -714,7 +729,7 @@ def train(args, dataset, env, eval_env, run):
     """Train on `dataset`, then online in `env`, evaluate in `eval_env`; returns the networks.
 
     dataset: common.Dataset, which may be empty; the online phase appends to it. env, eval_env: two
-    environments, each a `SeededEnv`. run: common.Run.
+    environments with actions in [-1, 1]. run: common.Run.
     """
     common.check_env(env, dataset)
     device = dataset.actions.device
@@ -732,7 +747,7 @@ def train(args, dataset, env, eval_env, run):
     starts_uniform = len(dataset) == 0
     metrics = {}  # of the last updates in this phase
     last_step = args.offline_steps + args.online_steps
-    checkpoint = run.restore(nets)
+    checkpoint = run.begin(nets)
     if checkpoint:
         step = checkpoint["step"]
         metrics = checkpoint["metrics"]
@@ -742,7 +757,7 @@ def train(args, dataset, env, eval_env, run):
         common.restore_generator(generator, checkpoint["generator"], args.seed + step)
         dataset.append_collected(checkpoint["collected"])
     del checkpoint  # a second copy of what was collected
-    dataset.reserve(min(args.online_steps, max(0, last_step - step)))
+    dataset.reserve(min(args.online_steps, max(0, last_step - step)))  # for those to come
 
     def sample_and_update(kind):
         """kind: "offline"; online, "critic" or, when the policy's turn has come, "both"."""
@@ -771,7 +786,7 @@ def train(args, dataset, env, eval_env, run):
         step += 1
         if step > args.offline_steps:  # online: first, one step in the environment
             if obs is None:
-                obs, _ = env.reset(seed=args.seed + step)
+                obs = reset(env, args.seed + step)
                 chunk = []
                 episode_return = 0.0
             if not chunk:
@@ -782,6 +797,7 @@ def train(args, dataset, env, eval_env, run):
                     chunk = list(act_with_noise(nets, obs[None], args, generator)[0])
             action = chunk.pop(0)  # open loop
             next_obs, reward, terminated, truncated, info = env.step(action)
+            reward = np.asarray(reward).item()
             done = terminated or truncated
             mask = 1.0 - terminated  # on a time limit, the critic still bootstraps
             dataset.append(obs, action, reward, mask, next_obs, done)
@@ -909,8 +925,8 @@ def main():
     name = args.env
     if common.is_dataset(args.env):
         name, _, _ = common.resolve_task(args.env, args.task)
-    env = SeededEnv(make_env(args))
-    eval_env = SeededEnv(make_env(args))
+    env = make_env(args)
+    eval_env = make_env(args)
     device = choose_device(args.device)
     torch.set_float32_matmul_precision(args.matmul_precision)
     if args.compile:
@@ -954,27 +970,6 @@ class CUDAGraph:
                 self.result = self.function()
         self.graph.replay()
         return self.result
-
-
-class SeededEnv(gymnasium.Wrapper):
-    """Makes episodes reproducible: OGBench draws from NumPy's global generator too.
-
-    A reset with a seed seeds the global generators. It also copies observations (an environment may
-    reuse its buffer) and makes rewards plain numbers (they may be arrays).
-    """
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            seed %= 2**32  # NumPy takes no more
-            random.seed(seed)
-            np.random.seed(seed)
-        obs, info = self.env.reset(seed=seed, options=options)
-        return np.array(obs), info
-
-    def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        reward = np.asarray(reward).item()
-        return np.array(obs), reward, bool(terminated), bool(truncated), info
 
 
 def saved_args(folder):

@@ -15,7 +15,7 @@ notation, with x_0 noise, x_1 an action of the dataset and x_t = (1 - t) x_0 + t
     velocity  v(s, x_t, t)  ->  x_1 - x_0 + 1 / lam * grad_x V(s, x_t, t)
 
 The arrow means: is trained towards. With chunks of h actions (--horizon; Q-chunking,
-https://arxiv.org/abs/2507.07969), r is their discounted sum and the discount is discount^h.
+https://arxiv.org/abs/2507.07969), r is their discounted sum and discount becomes discount^h.
 
 With --online-steps, training continues in the environment: before each update the policy takes one
 step, which is added to the dataset.
@@ -33,7 +33,6 @@ scene and puzzle --horizon 5; for scene and puzzle --sparse. Its lambda was not 
 
 import copy
 import math
-import random
 import re
 import signal
 import sys
@@ -265,10 +264,16 @@ def sample_actions(nets, obs, x0, args):
 
 # --------------------------------------------------------------------------------------- losses
 #
-# A batch has observations (B, O), actions (B, h * A), rewards (B,), the discounted sum over the
-# valid steps of a chunk, masks (B,), 0 where the task is solved, next_observations (B, O), and
-# valid (B, h), 0 for steps after the end of the episode. A chunk whose last step is not valid has
-# weight 0.
+# A batch:
+#
+#     observations       (B, O)
+#     actions            (B, h * A)
+#     rewards            (B,)    discounted sum over the valid steps of a chunk
+#     masks              (B,)    0 where the task is solved, else 1
+#     next_observations  (B, O)
+#     valid              (B, h)  0 for steps after the end of the episode, else 1
+#
+# A chunk whose last step is not valid has weight 0.
 
 
 class Noise(NamedTuple):
@@ -416,15 +421,25 @@ def act(nets, obs, args, generator=None):
     return actions.view(len(obs), args.horizon, -1).cpu().numpy()
 
 
+def reset(env, seed):
+    """The first observation of an episode that follows from the seed.
+
+    OGBench draws from NumPy's global generator too. A copy: the environment may reuse its buffer.
+    """
+    seed %= 2**32  # NumPy takes no more
+    np.random.seed(seed)
+    obs, _ = env.reset(seed=seed)
+    return np.array(obs)
+
+
 def evaluate(policy, env, num_episodes, seed):
     """Success (NaN if the environment has none), return and length: arrays (num_episodes,).
 
-    policy: observations (1, O) -> the next h actions (1, h, A), as NumPy arrays. env: a
-    `SeededEnv`.
+    policy: observations (1, O) -> the next h actions (1, h, A), as NumPy arrays.
     """
     results = {"success": [], "return": [], "length": []}
     for episode in range(num_episodes):
-        obs, _ = env.reset(seed=seed * num_episodes + episode)
+        obs = reset(env, seed * num_episodes + episode)
         chunk = []
         rewards = []
         done = False
@@ -432,7 +447,7 @@ def evaluate(policy, env, num_episodes, seed):
             if not chunk:
                 chunk = list(policy(obs[None])[0])
             obs, reward, terminated, truncated, info = env.step(chunk.pop(0))  # open loop
-            rewards.append(reward)
+            rewards.append(np.asarray(reward).item())  # an array of one, in some environments
             done = terminated or truncated
         results["success"].append(info.get("success", math.nan))
         results["return"].append(sum(rewards))
@@ -446,8 +461,8 @@ def evaluate(policy, env, num_episodes, seed):
 def train(args, dataset, env, eval_env, run):
     """Train on `dataset`, then online in `env`, evaluate in `eval_env`; returns the networks.
 
-    dataset: common.Dataset; the online phase appends to it. env, eval_env: two environments, each a
-    `SeededEnv`. run: common.Run.
+    dataset: common.Dataset; the online phase appends to it. env, eval_env: two environments with
+    actions in [-1, 1]. run: common.Run.
     """
     common.check_env(env, dataset)
     device = dataset.actions.device
@@ -461,7 +476,7 @@ def train(args, dataset, env, eval_env, run):
 
     step = 0  # updates so far; online, each follows one step in the environment
     last_step = args.offline_steps + args.online_steps
-    checkpoint = run.restore(nets)
+    checkpoint = run.begin(nets)
     if checkpoint:
         step = checkpoint["step"]
         # Adam's averages only: the learning rate is this run's --lr.
@@ -469,7 +484,7 @@ def train(args, dataset, env, eval_env, run):
         common.restore_generator(generator, checkpoint["generator"], args.seed + step)
         dataset.append_collected(checkpoint["collected"])
     del checkpoint  # a second copy of what was collected
-    dataset.reserve(min(args.online_steps, max(0, last_step - step)))
+    dataset.reserve(min(args.online_steps, max(0, last_step - step)))  # for those to come
 
     def sample_and_update():
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
@@ -488,13 +503,14 @@ def train(args, dataset, env, eval_env, run):
         step += 1
         if step > args.offline_steps:  # online: first, one step in the environment
             if obs is None:
-                obs, _ = env.reset(seed=args.seed + step)
+                obs = reset(env, args.seed + step)
                 chunk = []
                 episode_return = 0.0
             if not chunk:
                 chunk = list(act(nets, obs[None], args, generator)[0])
             action = chunk.pop(0)  # open loop
             next_obs, reward, terminated, truncated, info = env.step(action)
+            reward = np.asarray(reward).item()
             done = terminated or truncated
             mask = 1.0 - terminated  # on a time limit, the critic still bootstraps
             dataset.append(obs, action, reward, mask, next_obs, done)
@@ -577,8 +593,8 @@ def check_args(args):
 def main():
     args = parse_args()
     name, dataset_name, env_id = common.resolve_task(args.env, args.task)
-    env = SeededEnv(make_env(args))
-    eval_env = SeededEnv(make_env(args))
+    env = make_env(args)
+    eval_env = make_env(args)
     device = choose_device(args.device)
     torch.set_float32_matmul_precision(args.matmul_precision)
     if args.compile:
@@ -624,27 +640,6 @@ class CUDAGraph:
                 self.result = self.function()
         self.graph.replay()
         return self.result
-
-
-class SeededEnv(gymnasium.Wrapper):
-    """Makes episodes reproducible: OGBench draws from NumPy's global generator too.
-
-    A reset with a seed seeds the global generators. It also copies observations (an environment may
-    reuse its buffer) and makes rewards plain numbers (they may be arrays).
-    """
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            seed %= 2**32  # NumPy takes no more
-            random.seed(seed)
-            np.random.seed(seed)
-        obs, info = self.env.reset(seed=seed, options=options)
-        return np.array(obs), info
-
-    def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        reward = np.asarray(reward).item()
-        return np.array(obs), reward, bool(terminated), bool(truncated), info
 
 
 def saved_args(folder):

@@ -76,11 +76,11 @@ def print_intervals(results):
             print(f"{name} {mean:.4g} (95%: {low:.4g} to {high:.4g})")
 
 
-def record_video(policy, env, seed, path):
+def record_video(script, policy, env, seed, path):
     """Write three episodes in `env` (render_mode "rgb_array") to a GIF, every eighth step."""
     frames = []
     for episode in range(3):
-        obs, _ = env.reset(seed=seed + episode)
+        obs = script.reset(env, seed + episode)
         step = 0
         done = False
         while not done:
@@ -114,14 +114,14 @@ def main():
     if "environment" in config:  # of minari_data.py
         environment = import_script(config["environment"])
         print(config["dataset"])
-    with script.SeededEnv(environment.make_env(args)) as env:
+    with environment.make_env(args) as env:
         print_intervals(script.evaluate(policy, env, cli.episodes, cli.seed))
     if cli.video:
         import mujoco  # here: it chooses how to render when it is imported, see common.make_env
 
         try:
-            with script.SeededEnv(environment.make_env(args, render_mode="rgb_array")) as env:
-                record_video(policy, env, cli.seed, cli.run / "evaluation.gif")
+            with environment.make_env(args, render_mode="rgb_array") as env:
+                record_video(script, policy, env, cli.seed, cli.run / "evaluation.gif")
         except mujoco.FatalError as error:
             hint = "without a display, set the environment variable MUJOCO_GL to egl"
             raise common.UserError(f"--video: cannot render ({error}); {hint}") from None

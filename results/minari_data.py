@@ -265,8 +265,7 @@ def main():
     if args.horizon > len(dataset):
         raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")
     env = TransformReward(make_env(args), lambda reward: training_reward(args.env, reward))
-    env = script.SeededEnv(env)
-    eval_env = script.SeededEnv(make_env(args))
+    eval_env = make_env(args)
     name = args.env.replace("/", "-")
     with common.start_run(script.__file__, name, args, description, device) as run:
         run.config["environment"] = Path(__file__).name  # evaluate.py calls its make_env

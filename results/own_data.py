@@ -20,7 +20,7 @@ warnings.filterwarnings("ignore", module="gymnasium")  # float64 spaces
 
 def make_env():
     env = gymnasium.make("Pendulum-v1")
-    return qflow.SeededEnv(gymnasium.wrappers.RescaleAction(env, -1.0, 1.0))
+    return gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
 
 
 # Your episodes, one after the other: here five with random actions.

@@ -24,6 +24,9 @@ before the sweep (environment variables such as WANDB_* must be set before that)
     python results/sweep.py --print --scripts ... > jobs.txt
     xargs -d '\\n' -P 4 -I LINE sh -c 'LINE || exit 1' < jobs.txt    # or: parallel -j 4 < jobs.txt
     sbatch --array=1-30 --requeue --wrap 'eval "$(sed -n ${SLURM_ARRAY_TASK_ID}p jobs.txt)"'
+
+A sweep of Weights & Biases calls the scripts itself. Its `command` needs ${args_no_boolean_flags},
+and lists go there, too: [${env}, python, ${program}, --hidden, 256, 256, ${args_no_boolean_flags}].
 """
 
 import hashlib

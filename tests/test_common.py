@@ -700,7 +700,7 @@ def log_row(run, step, success=0.5):
 def test_run_folder(tmp_path, capsys):
     config = dict(script="x.py", args=dict(lam=1.0), dataset="somewhere")
     with common.Run(tmp_path / "runs/x", config) as run:
-        assert run.restore(NETS) is None
+        assert run.begin(NETS) is None
         config = common.read_config(run.folder)
         assert config["args"] == {"lam": 1.0} and config["dataset"] == "somewhere"
         assert config["versions"]["torch"] == torch.__version__ and "commit" in config
@@ -761,7 +761,7 @@ CONFIG = dict(script="x.py", device="cpu", dataset="5 transitions", args=dict(la
 def test_rows_are_cut_at_the_checkpoint(tmp_path):
     nets = torch.nn.Linear(2, 3).state_dict()
     with common.Run(tmp_path / "run", CONFIG) as run:
-        assert run.restore(NETS) is None
+        assert run.begin(NETS) is None
         log_row(run, 1)
         log_row(run, 5)
         run.log("episodes.csv", {"step": 4, "return": -3.0, "success": 1.0})
@@ -776,7 +776,7 @@ def test_rows_are_cut_at_the_checkpoint(tmp_path):
     with open(run.folder / "eval.csv", "a") as file:
         file.write("11,0.5,-3.0")
     with common.Run(tmp_path / "run", CONFIG, resume=True) as run:
-        state = run.restore(NETS)
+        state = run.begin(NETS)
         assert state["step"] == 5 and torch.equal(state["nets"]["weight"], nets["weight"])
         assert {name: (run.folder / name).read_bytes() for name in names} == as_saved
         log_row(run, 6)
@@ -785,15 +785,15 @@ def test_rows_are_cut_at_the_checkpoint(tmp_path):
 
 def test_what_changes_in_a_resumed_run_is_printed(tmp_path, capsys):
     with common.Run(tmp_path / "run", CONFIG) as run:
-        run.restore(NETS)
+        run.begin(NETS)
         run.save(step=1, nets=NETS.state_dict(), generator=None)
     with common.Run(tmp_path / "run", {**CONFIG, "args": dict(lam=1.0, hidden=(8,))}, True) as run:
-        run.restore(NETS)
+        run.begin(NETS)
     assert capsys.readouterr().out == ""  # JSON makes lists of tuples
     args = dict(lam=3.0, hidden=[8], new=4)
     other = dict(CONFIG, args=args, device="cuda", dataset="6 transitions")
     with common.Run(tmp_path / "run", other, resume=True) as run:
-        run.restore(NETS)
+        run.begin(NETS)
     assert capsys.readouterr().out.splitlines() == [
         "changed: lam 1.0 -> 3.0",
         "changed: new None -> 4",
@@ -805,22 +805,22 @@ def test_what_changes_in_a_resumed_run_is_printed(tmp_path, capsys):
 
 def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tmp_path):
     with common.Run(tmp_path / "run", CONFIG) as run:
-        run.restore(NETS)
+        run.begin(NETS)
         log_row(run, 1)
     with common.Run(tmp_path / "run", CONFIG, resume=True) as run:
-        assert run.restore(NETS) is None
+        assert run.begin(NETS) is None
         log_row(run, 1)
     assert common.read_columns(run.folder / "train.csv")["step"].tolist() == [1]
 
 
 def test_a_run_whose_checkpoint_was_removed_is_not_begun_anew(tmp_path):
     with common.Run(tmp_path / "run", CONFIG) as run:
-        run.restore(NETS)
+        run.begin(NETS)
         for step in (1, 2):  # a checkpoint follows each evaluation
             run.log("eval.csv", {"step": step, "success": 1.0, "return": -3.0})
     before = (run.folder / "eval.csv").read_bytes()
     with pytest.raises(common.UserError, match="its checkpoint.pt was removed"):
-        common.Run(tmp_path / "run", CONFIG, resume=True).restore(NETS)
+        common.Run(tmp_path / "run", CONFIG, resume=True).begin(NETS)
     assert (run.folder / "eval.csv").read_bytes() == before
 
 
@@ -840,24 +840,24 @@ def test_start_run_resume_and_start_or_resume(tmp_path, monkeypatch, capsys):
     with start() as run:
         assert re.fullmatch(rf"{NAME}__fql__3__\d{{8}}-\d{{6}}", run.folder.name)
         assert run.folder.parent == Path("runs")
-        assert run.restore(NETS) is None and run.config["script"] == "fql.py"
+        assert run.begin(NETS) is None and run.config["script"] == "fql.py"
         printed = capsys.readouterr().out
         assert f"{NAME}: 5 transitions\n" in printed and "seed=3, run_dir=runs" in printed
         with pytest.raises(common.UserError, match="has no checkpoint.pt; start this run again"):
             start(resume=str(run.folder))
         run.save(step=7, nets=NETS.state_dict(), generator=None)
     with start(resume=str(run.folder)) as again:
-        assert again.folder == run.folder and again.restore(NETS)["step"] == 7
+        assert again.folder == run.folder and again.begin(NETS)["step"] == 7
 
     for _ in range(2):  # it has no checkpoint yet
         with start(start_or_resume="sweep/job") as run:
-            assert run.folder == Path("sweep/job") and run.restore(NETS) is None
+            assert run.folder == Path("sweep/job") and run.begin(NETS) is None
             log_row(run, 1)
     run = start(start_or_resume="sweep/job")
     run.save(step=1, nets=NETS.state_dict(), generator=None)
     run.lock.release()
     with start(start_or_resume="sweep/job") as run:
-        assert run.restore(NETS)["step"] == 1
+        assert run.begin(NETS)["step"] == 1
         assert common.read_columns(run.folder / "eval.csv")["step"].tolist() == [1]
     assert len(list(Path("sweep").iterdir())) == 1
 
@@ -878,7 +878,7 @@ def test_a_program_may_use_torchs_newer_precision_settings(tmp_path):
     torch.backends.fp32_precision = "tf32"  # now torch.get_float32_matmul_precision() raises
     try:
         with common.Run(tmp_path / "run", CONFIG) as run:
-            run.restore(NETS)
+            run.begin(NETS)
     finally:
         torch.backends.fp32_precision = before
     assert common.read_config(run.folder)["script"] == "x.py"
@@ -921,7 +921,7 @@ def test_one_process_writes_to_a_run_folder_at_a_time(tmp_path):
 def test_a_new_run_never_writes_into_a_folder_that_exists(tmp_path):
     config = dict(script="x.py")
     with common.Run(tmp_path / "run", config) as run:
-        run.restore(NETS)
+        run.begin(NETS)
     with pytest.raises(common.UserError, match="run: cannot write there: .*File exists"):
         common.Run(tmp_path / "run", config)
 
@@ -949,15 +949,11 @@ def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     "given, read",
     [
         ("--offline-steps 1e6 --lr 3e-4 --seed 3", "--offline-steps 1000000 --lr 3e-4 --seed 3"),
-        ("--lam 1.5e0 --online-steps 2.5e+5", "--lam 1.5e0 --online-steps 250000"),
-        ("--seed=3 --compile=True --sparse=False", "--seed 3 --compile --no-sparse"),
-        (
-            "--hidden=[256,256] --dataset=http://x/y.npz?a=b",
-            "--hidden 256 256 --dataset http://x/y.npz?a=b",
-        ),
+        ("--lam 1.5e0 --online-steps=2.5e+5", "--lam 1.5e0 --online-steps=250000"),
+        ("--seed=3 --dataset=http://x/y.npz?a=b", "--seed=3 --dataset=http://x/y.npz?a=b"),
     ],
 )
-def test_command_lines_of_sweeps_and_large_numbers(monkeypatch, given, read):
+def test_large_numbers_on_the_command_line(monkeypatch, given, read):
     monkeypatch.setattr(sys, "argv", ["qflow.py", *given.split()])
     words = common.command_line()
     assert words == read.split()
@@ -989,21 +985,13 @@ def test_numbers_that_cannot_work(change, words):
         common.check_flags(SimpleNamespace(**{**right, **change}), *names)
 
 
-@pytest.mark.parametrize(
-    "reason, words",
-    [
-        ("g++: command not found", "install g++"),
-        ("fatal error: Python.h: No such file or directory", "install python3-dev"),
-        ("[Errno 13] Permission denied: '/tmp/torchinductor'", "set TORCHINDUCTOR_CACHE_DIR"),
-        ("x.so: failed to map segment from shared object", "set TORCHINDUCTOR_CACHE_DIR"),
-    ],
-)
-def test_reasons_why_torch_cannot_compile(monkeypatch, reason, words):
-    compiled = Mock(side_effect=RuntimeError(f"{reason}\n and more lines"))
+def test_the_reason_why_torch_cannot_compile_is_one_line(monkeypatch):
+    compiled = Mock(side_effect=RuntimeError("Python.h: No such file\n and more lines"))
     monkeypatch.setattr(torch, "compile", Mock(return_value=compiled))
-    with pytest.raises(common.UserError, match="^--compile: torch cannot compile here; ") as error:
+    words = "^--compile: torch cannot compile here: Python.h: No such file; it needs g\\+\\+"
+    with pytest.raises(common.UserError, match=words) as error:
         common.check_compiler()
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
@@ -1017,7 +1005,7 @@ def test_a_compiler_that_is_broken(tmp_path):
         return subprocess.run(command, cwd=root, env=env, capture_output=True, text=True)
 
     broken = run("/bin/false", "broken")
-    assert "UserError: --compile: torch cannot compile here; a C++ compiler is" in broken.stderr
+    assert "UserError: --compile: torch cannot compile here: " in broken.stderr
     assert "it compiles" not in broken.stdout
     whole = run("g++", "whole")
     assert whole.stdout == "it compiles\n", whole.stderr

@@ -241,7 +241,7 @@ def test_a_captured_run_evaluates_and_goes_on_where_it_stopped(method, settings,
             **settings,
         )
         config = dict(script=f"{method.__name__}.py", args=vars(args), device="cuda")
-        env, eval_env = method.SeededEnv(pendulum()), method.SeededEnv(pendulum())
+        env, eval_env = pendulum(), pendulum()
         with common.Run(tmp_path / name, config, resume) as run:
             nets = method.train(args, dataset, env, eval_env, run)
         return run.folder, flat(nets)
@@ -270,7 +270,7 @@ def test_a_run_of_the_cpu_goes_on_here(tmp_path, capsys):
             offline_steps=steps, eval_episodes=2, hidden=(64, 64), batch_size=64, log_interval=1
         )
         config = dict(script="qflow.py", args=vars(args), device=device)
-        env, eval_env = qflow.SeededEnv(pendulum()), qflow.SeededEnv(pendulum())
+        env, eval_env = pendulum(), pendulum()
         with common.Run(tmp_path / "run", config, resume) as run:
             return qflow.train(args, dataset, env, eval_env, run)
 

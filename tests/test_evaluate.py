@@ -17,6 +17,7 @@ import torch
 
 import common
 import flow_sac
+import qflow
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "results"))
@@ -203,7 +204,7 @@ class Counter(gymnasium.Env):
 
 def test_a_video_has_every_eighth_step_of_three_episodes(tmp_path, capsys):
     path = tmp_path / "evaluation.gif"
-    evaluate.record_video(lambda obs: np.zeros((len(obs), 5, 1)), Counter(), 0, path)
+    evaluate.record_video(qflow, lambda obs: np.zeros((len(obs), 5, 1)), Counter(), 0, path)
     shades = [int(frame.flat[0]) for frame in imageio.mimread(path)]
     assert shades == 3 * [0, 80]
     assert str(path) in capsys.readouterr().out
@@ -226,7 +227,7 @@ import qflow
 
 nets, args = qflow.load({str(RUN)!r})
 env = qflow.make_env(args, max_episode_steps=16, render_mode="rgb_array")
-evaluate.record_video(lambda obs: qflow.act(nets, obs, args), qflow.SeededEnv(env), 0,
+evaluate.record_video(qflow, lambda obs: qflow.act(nets, obs, args), env, 0,
     Path(sys.argv[1]))
 """
 

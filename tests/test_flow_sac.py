@@ -677,13 +677,13 @@ def test_the_target_entropy(policy, flag, target):
 
 
 class Counter(gymnasium.Env):
-    """Observes [episode, step]. Episodes 0, 2, ... are cut at step 5, the others end at step 3."""
+    """Observes [episode, step]. Episodes 1, 3, ... end at step 3, the others are cut at step 5."""
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,), np.float64)
     action_space = gymnasium.spaces.Box(-1, 1, (1,), np.float32)
 
     def __init__(self):
-        self.episode = -1
+        self.episode = 0
         self.seeds = []
 
     def reset(self, *, seed=None, options=None):
@@ -704,7 +704,7 @@ def train_on(make_env, folder, dataset, **settings):
     sizes = dict(hidden=(8,), policy_width=8, batch_size=8, eval_episodes=2)
     args = flow_sac.Args(**{**sizes, **settings})
     run = common.Run(folder, dict(script="flow_sac.py", args=vars(args)))
-    env, eval_env = flow_sac.SeededEnv(make_env()), flow_sac.SeededEnv(make_env())
+    env, eval_env = make_env(), make_env()
     with run:
         nets = flow_sac.train(args, dataset, env, eval_env, run)
     logs = {}
@@ -736,14 +736,14 @@ def test_from_scratch_it_begins_with_uniform_actions_and_then_learns(tmp_path, c
     dataset = common.Dataset.empty(2, 1)
     settings = dict(online_steps=60, learning_starts=40, log_interval=2, horizon=2)
     _, logs = train_on(lambda: env, tmp_path / "run", dataset, **settings)
-    assert len(set(env.seeds)) == 19  # each episode has its own, two evaluated ones too
+    assert len(set(env.seeds)) == 18  # each episode has its own, two evaluated ones too
     turn = ["update_critic", "update_policy", "update_critic", "update_critic"]
     assert calls == 6 * turn + turn[:3]  # 20 updates
     assert logs["train"]["step"].tolist() == list(range(42, 61, 2))
     assert all(np.isfinite(values).all() for values in logs["train"].values())
     assert logs["eval"]["step"].tolist() == [60]
 
-    # After check_env's reset, the episodes have 3, 5, 3, ... steps: 10 in the first 40.
+    # The episodes have 3, 5, 3, ... steps: 10 in the first 40.
     actions = dataset.actions[dataset.rows].flatten()
     assert len(actions[:40].unique()) == 40 and abs(actions[:40].mean()) < 0.3
     assert 0.45 < actions[:40].std() < 0.7 and actions[:40].abs().max() <= 1  # uniform: 0.58

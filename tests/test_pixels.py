@@ -322,7 +322,7 @@ def train(folder, steps, resume=False):
         flow_steps=2,
         horizon=2,
     )
-    env, eval_env = (fql.SeededEnv(common.stack_frames(Counter())) for _ in range(2))
+    env, eval_env = (common.stack_frames(Counter()) for _ in range(2))
     config = dict(script="fql.py", args=vars(args))
     with common.Run(folder, config, resume) as run:
         nets = fql.train(args, dataset, env, eval_env, run)

@@ -60,7 +60,7 @@ def main(
         raise common.UserError(f"--episodes {episodes}: must be at least 1")
     args = fql.saved_args(run)
     rows = []
-    with fql.SeededEnv(fql.make_env(args)) as env:
+    with fql.make_env(args) as env:
         device = fql.choose_device(device)
         nets, _ = fql.load(run, device)
         generator = torch.Generator(device)

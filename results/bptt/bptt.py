@@ -37,7 +37,6 @@ import common  # noqa: E402
 import fql  # noqa: E402
 from fql import (  # noqa: E402, F401
     Args,
-    SeededEnv,
     act,
     choose_device,
     evaluate,

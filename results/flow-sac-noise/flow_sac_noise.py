@@ -18,7 +18,7 @@ def main(folder: tyro.conf.Positional[Path], episodes: int = 50):
     """folder: a run of flow_sac.py; episodes: for each of the three."""
     torch.set_num_threads(1)
     nets, args = flow_sac.load(folder)
-    env = flow_sac.SeededEnv(flow_sac.make_env(args))
+    env = flow_sac.make_env(args)
 
     def as_trained(obs, x0, eps):
         actions, _ = flow_sac.sample_with_log_prob(nets.policy, obs, x0, eps)
@@ -44,7 +44,7 @@ def main(folder: tyro.conf.Positional[Path], episodes: int = 50):
         generator = torch.Generator().manual_seed(0)
         returns = []
         for episode in range(episodes):
-            obs, _ = env.reset(seed=episode)
+            obs = flow_sac.reset(env, episode)
             returns.append(0.0)
             done = False
             while not done:

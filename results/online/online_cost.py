@@ -45,7 +45,7 @@ def measure(method, name, settings, num_steps, device):
             torch.cuda.synchronize(device)
         return time.perf_counter()
 
-    with method.SeededEnv(method.make_env(args)) as env:
+    with method.make_env(args) as env:
         dataset = random_dataset(env, device)
         dataset.reserve(num_steps)
         obs_dim, action_dim = dataset.observations.shape[1], dataset.actions.shape[1]

@@ -33,7 +33,7 @@ def main():
     print("| --- | --- | --- | --- | --- | --- |")
     for name in sys.argv[1:] or NAMES:
         *_, env_id = common.resolve_task(name)
-        env = qflow.SeededEnv(gymnasium.make(env_id, max_episode_steps=2000))
+        env = gymnasium.make(env_id, max_episode_steps=2000)
         obs_dim = env.observation_space.shape[0]
         action_dim = env.action_space.shape[0]
         torch.manual_seed(0)
