@@ -1,6 +1,7 @@
-"""Loads OGBench's datasets onto the device and writes a run's results to disk and screen.
+"""Finds, loads or collects OGBench's datasets, and writes a run's results to disk and screen.
 
-Nothing here is about a method: no network, no loss, no training loop.
+Also the checks before a training. Nothing here is about a method: no network, no loss, no training
+loop.
 """
 
 import csv
@@ -139,7 +140,7 @@ class Batch(NamedTuple):
     observations: torch.Tensor  # (B, O) at the first step of the chunk
     actions: torch.Tensor  # (B, h * A)
     rewards: torch.Tensor  # (B,) discounted sum over the valid steps
-    masks: torch.Tensor  # (B,) 0 if the task was solved at a valid step: no bootstrap
+    masks: torch.Tensor  # (B,) 0 if solved or terminated at a valid step: no bootstrap
     next_observations: torch.Tensor  # (B, O) after the last valid step
     valid: torch.Tensor  # (B, h) 0 for steps after the end of the episode
 
@@ -280,7 +281,7 @@ class Dataset:
             for name in self.COLUMNS:  # two rows each: an episode may have a single step
                 setattr(self, name, extend(getattr(self, name), 2 * num_transitions))
             self.rows = extend(self.rows, num_transitions)
-        except RuntimeError as error:  # of torch, on a CPU
+        except RuntimeError as error:  # of torch
             raise UserError(f"no memory for {num_transitions} online steps: {error}") from None
 
     def append(self, observation, action, reward, mask, next_observation, done):
@@ -558,8 +559,8 @@ def download(urls, path):
                     for block in response.iter_content(2**20):
                         bar.update(file.write(block))
             if is_complete(temporary):
-                os.replace(temporary, path)
                 write_file(path.with_suffix(".source"), url.encode())
+                os.replace(temporary, path)
                 return
             failures.append(f"{url}: not an npz file")
         except (requests.RequestException, ValueError) as error:  # ValueError: a wrong length
@@ -696,7 +697,10 @@ def check_compiler():
 
 
 def check_env(env, dataset):
-    """Raise UserError unless the environment's spaces are what training needs."""
+    """Raise UserError unless the environment's spaces fit the training and the data.
+
+    Warns where an episode may never end.
+    """
     for kind, space in (("observation", env.observation_space), ("action", env.action_space)):
         ndim = 3 if kind == "observation" and dataset.has_frames else 1
         if not isinstance(space, Box) or len(space.shape) != ndim:
@@ -894,11 +898,24 @@ class Run:
         write_file(self.folder / "config.json", json.dumps(self.config, indent=2).encode())
         return checkpoint
 
+    def start_clock(self, step):
+        """Count the next `speed` from here."""
+        self.clock_step = step
+        self.clock_time = time.perf_counter()
+
+    def speed(self, step):
+        """Steps per second since the last call or `start_clock`."""
+        steps = step - self.clock_step
+        seconds = time.perf_counter() - self.clock_time
+        self.start_clock(step)
+        return round(steps / seconds, 1)
+
     def show_progress(self, step, total, unit):
         """Show a progress bar of `total` units (updates, say), of which `step` are done.
 
-        One line per minute if the output is not a terminal.
+        One line per minute if the output is not a terminal. Starts the clock.
         """
+        self.start_clock(step)
         interval = 1 if sys.stderr.isatty() else 60
         self.bar = tqdm(
             total=total,
@@ -910,12 +927,13 @@ class Run:
         )
 
     def log(self, name, row):
-        """Append a row (column -> number, `step` first) to the CSV file `name`.
+        """Append a row (column -> number or tensor, `step` first) to the CSV file `name`.
 
         Columns are those of the file's first row: NaN stands for what a later row lacks, and what
         it has in addition is left out. Raises UserError if a loss is not finite.
         """
         path = self.folder / name
+        row = {key: x.item() if torch.is_tensor(x) else x for key, x in row.items()}
         with disk_errors(self.folder), open(path, "a+", newline="") as file:
             if name not in self.columns:
                 file.seek(0)

@@ -19,8 +19,8 @@ The drift is exact for the v of flow matching; for a v that SAC trains it is a h
 
 With an OGBench dataset, training begins offline. Each offline step makes two updates on one batch:
 TD and flow matching, then TD and the policy's loss. Each online step makes the second kind only. In
-both phases the policy's loss has a behaviour term, beta (a - a_data)^2, and no entropy: the noise
-is fixed, and its density, nearly a constant, would pay for not solving the task.
+both phases the policy's loss has a behaviour term, beta * mean (a - a_data)^2, and no entropy: the
+noise is fixed, and its density, nearly a constant, would pay for not solving the task.
 
 Zhang et al.: SAC Flow, ICLR 2026, https://arxiv.org/abs/2509.25756
 Critics without target networks: Bhatt et al., CrossQ, ICLR 2024, https://arxiv.org/abs/1902.05605
@@ -35,7 +35,6 @@ import math
 import re
 import signal
 import sys
-import time
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -99,7 +98,7 @@ class Args:
     horizon: int = 1
     """h, actions per chunk, executed open loop (1: no chunks)"""
     bc_weight: float = 0.0
-    """beta, weight of the behaviour term (a - a_data)^2 in the policy's loss"""
+    """beta, weight of the behaviour term mean (a - a_data)^2 in the policy's loss"""
     noise_std: float = 0.0
     """standard deviation of a flow step's noise, without entropy; 0: sigma is learned"""
     target_entropy: float = 0.0
@@ -555,9 +554,9 @@ def flow_loss(nets, batch, x0, t):
 
 
 def policy_loss(nets, batch, x0, eps, args):
-    """temperature * log pi - Q + beta (a - a_data)^2, differentiated through all K steps.
+    """temperature * log pi - Q + beta * mean (a - a_data)^2, differentiated through all K steps.
 
-    Updates the running statistics of the observations, as critic_loss (crossq) does the critic's.
+    With crossq it updates the running statistics of the observations, critic_loss the critic's.
     """
     obs = batch.observations
     nets.policy.train()
@@ -780,8 +779,6 @@ def train(args, dataset, env, eval_env, run):
 
     obs = None  # of the online phase; None between episodes
     run.show_progress(step, last_step, "steps")
-    logged_step = step
-    logged_time = time.perf_counter()
     while step < last_step:
         step += 1
         if step > args.offline_steps:  # online: first, one step in the environment
@@ -814,8 +811,7 @@ def train(args, dataset, env, eval_env, run):
             metrics = updates["offline"]()
         elif update_number <= 0:
             metrics = {}
-            logged_step = step  # the speed is that of learning
-            logged_time = time.perf_counter()
+            run.start_clock(step)  # the speed is that of learning
         elif (update_number - 1) % args.policy_frequency == 0:
             metrics = updates["both"]()
         else:
@@ -825,14 +821,7 @@ def train(args, dataset, env, eval_env, run):
         ends_phase = step in (args.offline_steps, last_step)
         evaluates = step % args.eval_interval == 0 or ends_phase
         if metrics and (evaluates or step % args.log_interval == 0):
-            row = dict(step=step)
-            for name, value in metrics.items():
-                row[name] = value.item()
-            seconds = time.perf_counter() - logged_time
-            row["steps_per_s"] = round((step - logged_step) / seconds, 1)
-            run.log("train.csv", row)
-            logged_step = step
-            logged_time = time.perf_counter()
+            run.log("train.csv", dict(step=step, **metrics, steps_per_s=run.speed(step)))
 
         if evaluates:
             seed = args.seed + step
@@ -844,7 +833,7 @@ def train(args, dataset, env, eval_env, run):
                 row[name] = values.mean().item()
             run.log("eval.csv", row)
             run.plot("steps", switch=args.offline_steps)
-            logged_time = time.perf_counter()  # the speed excludes evaluation
+            run.start_clock(step)  # the speed excludes evaluation
 
         if evaluates or run.save_is_due():
             run.save(
@@ -872,6 +861,9 @@ def make_env(args, **options):
         env = gymnasium.make(env_id, **options)
     except (gymnasium.error.Error, ImportError) as error:
         raise common.UserError(f"--env {env_id}: {error}") from None
+    space = env.observation_space
+    if not isinstance(space, Box) or len(space.shape) != 1:
+        raise common.UserError(f"--env {env_id}: requires vectors as observations, has {space}")
     space = env.action_space
     if not isinstance(space, Box) or not space.is_bounded() or (space.low == space.high).any():
         raise common.UserError(f"--env {env_id}: requires bounded actions, has {space}")

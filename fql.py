@@ -39,7 +39,6 @@ import math
 import re
 import signal
 import sys
-import time
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -354,7 +353,9 @@ def policy_loss(nets, batch, z, args):
     obs = batch.observations
     actions = nets.one_step(obs, z)
     with torch.no_grad():
-        velocity, flow_obs = encode_once(nets.velocity, obs)  # states: both as they are
+        velocity, flow_obs = nets.velocity, obs
+        if obs.ndim == 4:  # images: encoded once, not in every step
+            velocity, flow_obs = velocity.head, velocity.encoder(obs)
         flow_actions = rollout(velocity, flow_obs, z, torch.zeros_like(z[:, :1]), args.flow_steps)
     distill_loss = ((actions - flow_actions) ** 2).mean()
     # The action's gradient passes through the critic; the critic's own parameters get none.
@@ -375,6 +376,29 @@ def total_loss(nets, batch, noise, args):
     pi_loss, pi_metrics = policy_loss(nets, batch, noise.policy_z, args)
     metrics = {**q_metrics, **fm_metrics, **pi_metrics}
     return td_loss + fm_loss + pi_loss, {name: x.detach() for name, x in metrics.items()}
+
+
+# --------------------------------------------------------------------------------------- update
+
+
+def make_optimizer(nets, args):
+    """One Adam for all networks but the target critic."""
+    parameters = [p for p in nets.parameters() if p.requires_grad]
+    on_cuda = parameters[0].is_cuda
+    return torch.optim.Adam(parameters, lr=args.lr, eps=1e-8, fused=True, capturable=on_cuda)
+
+
+def update(nets, optimizer, batch, noise, args, loss_fn=total_loss):
+    """One gradient step on every network; returns the metrics as tensors on the device."""
+    loss, metrics = loss_fn(nets, batch, noise, args)
+    optimizer.zero_grad()
+    loss.backward()
+    with torch.no_grad():  # before Adam's step: from the old critic, as the authors do
+        critics = zip(nets.target_critic.parameters(), nets.critic.parameters())
+        for target_param, param in critics:
+            target_param.mul_(1 - args.tau).add_(param, alpha=args.tau)
+    optimizer.step()
+    return metrics
 
 
 # --------------------------------------------------------------------------------------- pixels
@@ -458,13 +482,6 @@ def add_encoders(nets, image_shape):
     nets.one_step = WithEncoder(image_shape, nets.one_step)
 
 
-def encode_once(net, obs):
-    """Network and input for repeated calls on the same observations: of images, their features."""
-    if isinstance(net, WithEncoder):
-        return net.head, net.encoder(obs)
-    return net, obs
-
-
 PADDING = 3  # pixels at each edge; the largest shift
 
 
@@ -493,29 +510,6 @@ def augment(batch, offsets):
         observations=batch.observations[sample, y, x],
         next_observations=batch.next_observations[sample, y, x],
     )
-
-
-# --------------------------------------------------------------------------------------- update
-
-
-def make_optimizer(nets, args):
-    """One Adam for all networks but the target critic."""
-    parameters = [p for p in nets.parameters() if p.requires_grad]
-    on_cuda = parameters[0].is_cuda
-    return torch.optim.Adam(parameters, lr=args.lr, eps=1e-8, fused=True, capturable=on_cuda)
-
-
-def update(nets, optimizer, batch, noise, args, loss_fn=total_loss):
-    """One gradient step on every network; returns the metrics as tensors on the device."""
-    loss, metrics = loss_fn(nets, batch, noise, args)
-    optimizer.zero_grad()
-    loss.backward()
-    with torch.no_grad():  # before Adam's step: from the old critic, as the authors do
-        critics = zip(nets.target_critic.parameters(), nets.critic.parameters())
-        for target_param, param in critics:
-            target_param.mul_(1 - args.tau).add_(param, alpha=args.tau)
-    optimizer.step()
-    return metrics
 
 
 # ----------------------------------------------------------------------------------- evaluation
@@ -619,8 +613,6 @@ def train(args, dataset, env, eval_env, run):
 
     obs = None  # of the online phase; None between episodes
     run.show_progress(step, last_step, "updates")
-    logged_step = step
-    logged_time = time.perf_counter()
     while step < last_step:
         step += 1
         if step > args.offline_steps:  # online: first, one step in the environment
@@ -649,14 +641,7 @@ def train(args, dataset, env, eval_env, run):
         ends_phase = step in (args.offline_steps, last_step)
         evaluates = step % args.eval_interval == 0 or ends_phase
         if evaluates or step % args.log_interval == 0:
-            row = dict(step=step)
-            for name, value in metrics.items():
-                row[name] = value.item()
-            seconds = time.perf_counter() - logged_time
-            row["steps_per_s"] = round((step - logged_step) / seconds, 1)
-            run.log("train.csv", row)
-            logged_step = step
-            logged_time = time.perf_counter()
+            run.log("train.csv", dict(step=step, **metrics, steps_per_s=run.speed(step)))
 
         if evaluates:
             seed = args.seed + step
@@ -668,7 +653,7 @@ def train(args, dataset, env, eval_env, run):
                 row[name] = values.mean().item()
             run.log("eval.csv", row)
             run.plot(switch=args.offline_steps)
-            logged_time = time.perf_counter()  # the speed excludes evaluation
+            run.start_clock(step)  # the speed excludes evaluation
 
         if evaluates or run.save_is_due():
             run.save(

@@ -36,7 +36,6 @@ import math
 import re
 import signal
 import sys
-import time
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -497,8 +496,6 @@ def train(args, dataset, env, eval_env, run):
 
     obs = None  # of the online phase; None between episodes
     run.show_progress(step, last_step, "updates")
-    logged_step = step
-    logged_time = time.perf_counter()
     while step < last_step:
         step += 1
         if step > args.offline_steps:  # online: first, one step in the environment
@@ -527,14 +524,7 @@ def train(args, dataset, env, eval_env, run):
         ends_phase = step in (args.offline_steps, last_step)
         evaluates = step % args.eval_interval == 0 or ends_phase
         if evaluates or step % args.log_interval == 0:
-            row = dict(step=step)
-            for name, value in metrics.items():
-                row[name] = value.item()
-            seconds = time.perf_counter() - logged_time
-            row["steps_per_s"] = round((step - logged_step) / seconds, 1)
-            run.log("train.csv", row)
-            logged_step = step
-            logged_time = time.perf_counter()
+            run.log("train.csv", dict(step=step, **metrics, steps_per_s=run.speed(step)))
 
         if evaluates:
             seed = args.seed + step
@@ -546,7 +536,7 @@ def train(args, dataset, env, eval_env, run):
                 row[name] = values.mean().item()
             run.log("eval.csv", row)
             run.plot(switch=args.offline_steps)
-            logged_time = time.perf_counter()  # the speed excludes evaluation
+            run.start_clock(step)  # the speed excludes evaluation
 
         if evaluates or run.save_is_due():
             run.save(

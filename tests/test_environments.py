@@ -6,7 +6,7 @@ import gymnasium
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box, Dict, Discrete
 
 import common
 import flow_sac
@@ -139,6 +139,14 @@ def test_flow_sac_refuses_actions_that_cannot_be_rescaled(monkeypatch, low, high
     rescaled.reset()
     rescaled.step(np.ones(2, np.float32))
     assert rescaled.action_space == Box(-1, 1, (2,), np.float32)
+
+
+@pytest.mark.parametrize("space", [Discrete(4), Dict(goal=Discrete(4)), Box(0, 1, (8, 8, 3))])
+def test_flow_sac_refuses_observations_that_are_no_vectors(monkeypatch, space):
+    env = Own(observation_space=space)
+    monkeypatch.setattr(gymnasium, "make", Mock(return_value=env))
+    with pytest.raises(common.UserError, match="--env Own-v0: requires vectors as observations"):
+        flow_sac.make_env(flow_sac.Args(env="Own-v0"))
 
 
 # -------------------------------------------------------------------------------- what works
