@@ -194,7 +194,9 @@ def test_the_runs_of_the_script(tmp_path, monkeypatch):
         setting = (args.sparse, args.horizon, args.num_critics, args.q_agg, args.rho)
         runs[name] = (args.env, args.task, args.offline_steps, strength, *setting)
 
-    assert datasets == [f"FOLDER/{env}.npz" for env in (PUZZLE, SCENE, ANTMAZE)]
+    assert list(dict.fromkeys(datasets)) == [
+        f"FOLDER/{env}.npz" for env in (PUZZLE, SCENE, ANTMAZE)
+    ]
     chunks = (True, 5, 2, "mean", 0.0)
     expected = {}
     for alpha in (100.0, 300.0):
@@ -212,3 +214,10 @@ def test_the_runs_of_the_script(tmp_path, monkeypatch):
     setting = (ANTMAZE, 1, 100_000, 3.0, False, 1, 10, "mean", 0.5)
     expected["antmaze-large-task1-fql"] = setting
     assert list(runs.items()) == list(expected.items())  # in this order
+
+    (tmp_path / "record.txt").unlink()
+    environment["MATMUL_PRECISION"] = "medium"
+    subprocess.run([*command, "scene-task3-fql"], cwd=tmp_path, env=environment, check=True)
+    collected, ran = (tmp_path / "record.txt").read_text().splitlines()
+    assert f"{SCENE} --out" in collected
+    assert "--task 3" in ran and "--matmul-precision medium" in ran
