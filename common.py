@@ -669,7 +669,7 @@ def command_line():
 
 
 def check_flags(args, positive, not_negative):
-    """Raise UserError for a number that cannot work; positive, not_negative: names of flags."""
+    """Raise UserError for a flag that cannot work; positive, not_negative: names of numbers."""
     for name in positive.split() + not_negative.split():
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')} {value}"
@@ -683,6 +683,9 @@ def check_flags(args, positive, not_negative):
         raise UserError(f"--hidden {args.hidden}: needs positive widths")
     if args.offline_steps + args.online_steps == 0:
         raise UserError("--offline-steps and --online-steps: one must be positive")
+    if args.resume and not has_checkpoint(args.resume):
+        hint = "start this run again by its own command"
+        raise UserError(f"--resume {args.resume}: has no checkpoint.pt; {hint}")
 
 
 def check_compiler():
@@ -1029,9 +1032,6 @@ def start_run(script, name, args, description, device):
     name: of the environment. description: of the dataset.
     """
     script = Path(script)
-    if args.resume and not has_checkpoint(args.resume):
-        hint = "start this run again by its own command"
-        raise UserError(f"--resume {args.resume}: has no checkpoint.pt; {hint}")
     old_folder = args.resume or args.start_or_resume
     folder = old_folder
     if not folder:
