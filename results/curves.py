@@ -1,7 +1,7 @@
 """One picture of the evaluations of several runs, also beside published curves.
 
     python results/curves.py results/antmaze-large/*-seed0 --column success --out success.png
-    python results/curves.py results/halfcheetah/*-seed* --mean --out results/halfcheetah/returns.png
+    python results/curves.py results/halfcheetah/*-seed* --mean --out returns.png
     python results/curves.py runs/* --published qc --method QC-FQL --out published.png
 
 With --mean, runs whose folders differ in -seedN only are one line, their mean, with the 95%
