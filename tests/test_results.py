@@ -539,8 +539,8 @@ def test_what_was_collected_online_can_be_written_and_trained_on(tmp_path, monke
         fql.main()
 
     monkeypatch.chdir(tmp_path)
-    train("--dataset", data, "--offline-steps", 0, "--online-steps", 20)
-    (run,) = (tmp_path / "runs").iterdir()
+    run = tmp_path / "run"
+    train("--dataset", data, "--offline-steps", 0, "--online-steps", 20, "--start-or-resume", run)
     export_online.main(run, tmp_path / "online.npz")
 
     transitions = ogbench.load_dataset(tmp_path / "online.npz")
