@@ -221,3 +221,6 @@ def test_the_runs_of_the_script(tmp_path, monkeypatch):
     collected, ran = (tmp_path / "record.txt").read_text().splitlines()
     assert f"{SCENE} --out" in collected
     assert "--task 3" in ran and "--matmul-precision medium" in ran
+
+    result = subprocess.run([*command, "typo"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 2 and "no run is named typo" in result.stderr

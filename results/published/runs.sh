@@ -9,6 +9,7 @@
 set -eu
 folder=$(realpath -m "${1:?a folder for data and runs}")
 names=" ${*:2} "
+found=
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1
 
@@ -20,6 +21,7 @@ run() { # NAME UPDATES SCRIPT DATASET FLAGS...
     if [[ "$names" != "  " && "$names" != *" $1 "* ]]; then
         return
     fi
+    found=yes
     if [ ! -f "$folder/$4.npz" ]; then
         case $4 in
             antmaze*) python results/collect_antmaze.py "$4" --out "$folder" ;;
@@ -54,3 +56,8 @@ done
 # 4: FQL in QAM's setting
 run antmaze-large-task1-fql 100000 fql.py antmaze-large-navigate-v0 --task 1 --alpha 3 \
     --num-critics 10 --q-agg mean --rho 0.5
+
+if [ -z "$found" ]; then
+    echo "runs.sh: no run is named$names" >&2
+    exit 2
+fi
