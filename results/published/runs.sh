@@ -5,13 +5,14 @@
 #     bash results/published/runs.sh FOLDER            # for data and runs
 #     bash results/published/runs.sh FOLDER NAME...    # these runs only
 #
-# On a CPU with bfloat16 units, MATMUL_PRECISION=medium is up to 1.7 times as fast (results/speed).
+# OMP_NUM_THREADS=2 gives a run both cores of an otherwise idle machine. On a CPU with bfloat16 units,
+# MATMUL_PRECISION=medium is up to 1.7 times as fast (results/speed).
 set -eu
 folder=$(realpath -m "${1:?a folder for data and runs}")
 names=" ${*:2} "
 found=
 cd "$(dirname "$0")/../.."
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # The alpha of QC-FQL is not published. The first two runs try 100 and 300 on task 1 of the puzzle;
 # the one with more success after 50,000 updates belongs here, for all runs of puzzle and scene.
