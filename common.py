@@ -19,6 +19,7 @@ import sys
 import time
 import zipfile
 from contextlib import contextmanager
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -1035,7 +1036,7 @@ def start_run(script, name, args, description, device):
     old_folder = args.resume or args.start_or_resume
     folder = old_folder
     if not folder:
-        started = time.strftime("%Y%m%d-%H%M%S")
+        started = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # several may start in one second
         folder = Path(args.run_dir) / f"{name}__{script.stem}__{args.seed}__{started}"
     config = dict(script=script.name, args=vars(args), device=device.type, dataset=description)
     lock_seconds = 300 if args.start_or_resume else 0  # a requeued job's last process may yet end

@@ -837,8 +837,9 @@ def test_start_run_resume_and_start_or_resume(tmp_path, monkeypatch, capsys):
     def start(**changes):
         return common.start_run("/x/fql.py", NAME, start_args(**changes), "5 transitions", cpu)
 
-    with start() as run:
-        assert re.fullmatch(rf"{NAME}__fql__3__\d{{8}}-\d{{6}}", run.folder.name)
+    with start() as run, start() as other:  # in the same second, that is
+        assert re.fullmatch(rf"{NAME}__fql__3__\d{{8}}-\d{{6}}-\d{{6}}", run.folder.name)
+        assert other.folder != run.folder
         assert run.folder.parent == Path("runs")
         assert run.begin(NETS) is None and run.config["script"] == "fql.py"
         printed = capsys.readouterr().out
