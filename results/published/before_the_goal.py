@@ -1,0 +1,62 @@
+"""What the critic of a puzzle run says about the data's chunks shortly before the task is solved.
+
+    python results/published/before_the_goal.py RUN DATASET
+
+Prints a row for each last press (the buttons that it switches): how often the data have it, and the
+mean Q of the chunks that start 3, 10, 20, 40 steps before. Beside it, the Q of a policy that goes
+on like the data: minus the discounted number of steps to the goal.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common  # noqa: E402
+import fql  # noqa: E402
+
+STEPS = (3, 10, 20, 40)
+
+
+def button_states(observations):
+    """(M, 55) of a puzzle-3x3 -> (M, 9), whether each button is on.
+
+    19 numbers are of the arm; each button has four, its state one-hot, its position and velocity.
+    """
+    return observations[:, 19:].reshape(len(observations), -1, 4)[:, :, 1] > 0.5
+
+
+@torch.no_grad()
+def main(run: tyro.conf.Positional[Path], dataset: tyro.conf.Positional[Path]):
+    """run: a folder with a checkpoint; dataset: the npz file that it was trained on."""
+    nets, args = fql.load(run)
+    _, _, env_id = common.resolve_task(args.env, args.task)
+    data, _ = common.load_dataset(dataset, env_id, "cpu", args.sparse)
+    rows = data.rows.numpy()
+    states = button_states(data.observations.numpy())
+    solved = data.masks.numpy()[rows] == 0
+    values = {}  # the buttons switched -> a list of Q, one for each number in STEPS
+    for i in np.flatnonzero(solved[1:] & ~solved[:-1]) + 1:
+        is_whole = data.valids[rows[i] - max(STEPS) : rows[i]].all()  # in one episode
+        if not is_whole or solved[i - max(STEPS) : i].any():
+            continue
+        switched = tuple(np.flatnonzero(states[rows[i] - 3] != states[rows[i] + 1]))
+        starts = torch.tensor([i - steps for steps in STEPS])
+        batch = data.chunks(starts, args.horizon, args.discount)
+        q = nets.critic(batch.observations, batch.actions).mean(0)
+        values.setdefault(switched, []).append(q.tolist())
+    print("| buttons | times |", " | ".join(f"{steps} before" for steps in STEPS), "|")
+    print("| --- " * (2 + len(STEPS)) + "|")
+    true = [-(1 - args.discount**steps) / (1 - args.discount) for steps in STEPS]
+    print("| all, going on like the data | |", " | ".join(f"{q:.0f}" for q in true), "|")
+    for switched, q in sorted(values.items()):
+        mean = np.mean(q, 0)
+        name = " ".join(str(button) for button in switched)
+        print(f"| {name} | {len(q)} |", " | ".join(f"{x:.0f}" for x in mean), "|")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
