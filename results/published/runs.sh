@@ -5,8 +5,8 @@
 #     bash results/published/runs.sh FOLDER            # for data and runs
 #     bash results/published/runs.sh FOLDER NAME...    # these runs only
 #
-# OMP_NUM_THREADS=2 gives a run both cores of an otherwise idle machine. On a CPU with bfloat16 units,
-# MATMUL_PRECISION=medium is up to 1.7 times as fast (results/speed).
+# OMP_NUM_THREADS=2 gives a run both cores of an otherwise idle machine. On a CPU with bfloat16
+# units, MATMUL_PRECISION=medium is up to 1.7 times as fast (results/speed).
 set -eu
 folder=$(realpath -m "${1:?a folder for data and runs}")
 names=" ${*:2} "
@@ -14,9 +14,9 @@ found=
 cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-# The alpha of QC-FQL is not published: 100 is the default of its code, 300 is QAM's for FQL there. On
-# task 1 of the puzzle both are tried, and the one with more success after 50,000 updates belongs
-# here, for the other tasks and scene. 300 had 2% (and 10% after 100,000); 100 was not run yet.
+# The alpha of QC-FQL is not published: 100 is the default of its code, 300 is QAM's for FQL here.
+# Both are to be tried on task 1 of the puzzle; the one with more success after 50,000 updates
+# belongs here, for the other tasks and scene. 300 had 2% (10% after 100,000); 100 is not tried yet.
 alpha=100
 
 run() { # NAME UPDATES SCRIPT DATASET FLAGS...
