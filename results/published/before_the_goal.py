@@ -1,8 +1,9 @@
-"""What the critic of a puzzle run says about the data's chunks shortly before the task is solved.
+"""What the critic of a puzzle-3x3 run says about the data's chunks shortly before the goal.
 
     python results/published/before_the_goal.py RUN DATASET
 
-Prints a row for each last press (the buttons that it switches): how often the data have it, and the
+Prints which buttons the task switches and how often the data solve it. Then a row for each last
+press (the buttons that it switches): how often the data have it after 40 unsolved steps, and the
 mean Q of the chunks that start 3, 10, 20, 40 steps before. Beside it, the Q of a policy that goes
 on like the data: minus the discounted number of steps to the goal.
 """
@@ -38,8 +39,13 @@ def main(run: tyro.conf.Positional[Path], dataset: tyro.conf.Positional[Path]):
     rows = data.rows.numpy()
     states = button_states(data.observations.numpy())
     solved = data.masks.numpy()[rows] == 0
+    solutions = np.flatnonzero(solved[1:] & ~solved[:-1]) + 1
+    obs, _ = fql.make_env(args).reset(seed=0)
+    start, goal = button_states(np.stack([obs, data.observations[rows[solutions[0]] + 1]]))
+    print(f"the task switches {np.flatnonzero(start != goal)}; the data solve it", end=" ")
+    print(f"{len(solutions)} times\n")
     values = {}  # the buttons switched -> a list of Q, one for each number in STEPS
-    for i in np.flatnonzero(solved[1:] & ~solved[:-1]) + 1:
+    for i in solutions:
         is_whole = data.valids[rows[i] - max(STEPS) : rows[i]].all()  # in one episode
         if not is_whole or solved[i - max(STEPS) : i].any():
             continue
@@ -59,4 +65,8 @@ def main(run: tyro.conf.Positional[Path], dataset: tyro.conf.Positional[Path]):
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    try:
+        tyro.cli(main, description=__doc__)
+    except common.UserError as error:
+        print(f"before_the_goal.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
