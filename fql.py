@@ -30,8 +30,9 @@ Park, Li, Levine: Flow Q-Learning, ICML 2025, https://arxiv.org/abs/2502.02538
 Q-Flow's second table uses --num-critics 10 --q-agg mean --rho 0.5 (humanoidmaze: 0); for cube,
 scene and puzzle --horizon 5; for scene and puzzle --sparse. There, QAM's authors use other alphas:
 antmaze 3, humanoidmaze 30, cube-double 300, cube-triple 30, cube-quadruple 100, scene 300,
-puzzle-3x3 300, puzzle-4x4 1. With --online-steps, FQL's authors use alpha 100 for
-humanoidmaze-medium and 30 for antsoccer-arena.
+puzzle-3x3 300, puzzle-4x4 1. QC-FQL is --horizon 5 --q-agg mean, with alpha 300 for cube-double,
+scene and puzzle-3x3 (these two --sparse), 100 for cube-triple and -quadruple. With --online-steps,
+FQL's authors use alpha 100 for humanoidmaze-medium and 30 for antsoccer-arena.
 """
 
 import copy

@@ -31,11 +31,8 @@ def button_states(observations):
 
 
 @torch.no_grad()
-def main(run: tyro.conf.Positional[Path], dataset: tyro.conf.Positional[Path]):
-    """run: a folder with a checkpoint; dataset: the npz file that it was trained on."""
-    nets, args = fql.load(run)
-    _, _, env_id = common.resolve_task(args.env, args.task)
-    data, _ = common.load_dataset(dataset, env_id, "cpu", args.sparse)
+def print_table(nets, args, data):
+    """Of these networks, on a common.Dataset."""
     rows = data.rows.numpy()
     states = button_states(data.observations.numpy())
     solved = data.masks.numpy()[rows] == 0
@@ -62,6 +59,14 @@ def main(run: tyro.conf.Positional[Path], dataset: tyro.conf.Positional[Path]):
         mean = np.mean(q, 0)
         name = " ".join(str(button) for button in switched)
         print(f"| {name} | {len(q)} |", " | ".join(f"{x:.0f}" for x in mean), "|")
+
+
+def main(run: tyro.conf.Positional[Path], dataset: tyro.conf.Positional[Path]):
+    """run: a folder with a checkpoint; dataset: the npz file that it was trained on."""
+    nets, args = fql.load(run)
+    _, _, env_id = common.resolve_task(args.env, args.task)
+    data, _ = common.load_dataset(dataset, env_id, "cpu", args.sparse)
+    print_table(nets, args, data)
 
 
 if __name__ == "__main__":
