@@ -1,16 +1,22 @@
-"""The same run of FQL with chunks in JAX: is it the code or the data that learns another curve?
+"""A run of fql.py once more in JAX: is it the code that makes it learn as slowly as it does?
 
-    python3 -m venv VENV && VENV/bin/pip install -r requirements.txt "jax[cpu]" flax optax
+    python3 -m venv VENV
+    VENV/bin/pip install -r requirements.txt "jax[cpu]" flax optax
     VENV/bin/python results/published/fql_jax.py RUN --dataset puzzle-3x3-play-v0.npz
+    VENV/bin/python results/published/fql_jax.py RUN --dataset puzzle-3x3-play-v0.npz --lockstep 600
 
-RUN is a folder of fql.py, whose settings (environment, task, alpha, ...) are taken; its dataset
-must be given again. Network, losses, optimizer and the sampling of chunks are written here once
-more, with Flax and Optax as the authors have them; rewards are OGBench's own. Only the episodes of
-an evaluation are fql.py's. Prints a row of eval.csv for each evaluation and what the critic says
-before the goal, as before_the_goal.py does.
+RUN is a folder of fql.py, from which the settings are taken: q_agg mean, rho 0, state observations,
+offline. Networks, losses, optimizer and chunks are written here a second time, with Flax and Optax,
+the libraries of the authors; the transitions come from OGBench's own functions. Of fql.py there are
+only the episodes of an evaluation.
+
+The first command trains. At each evaluation, it prints the success and what the critic says before
+the goal, as before_the_goal.py does. The second one makes the same updates, from the same weights,
+chunks and noise, with both codes, and prints how far apart they are.
 """
 
 import collections
+import copy
 import sys
 import time
 from functools import partial
@@ -32,6 +38,7 @@ import before_the_goal  # noqa: E402
 import common  # noqa: E402
 import fql  # noqa: E402
 
+PER_CALL = 500  # updates that are compiled into one loop
 DENSE = partial(nn.Dense, kernel_init=nn.initializers.variance_scaling(1, "fan_avg", "uniform"))
 
 
@@ -61,19 +68,31 @@ def load(path, env_id, sparse):
     return {name: jnp.asarray(data[name], jnp.float32) for name in names}
 
 
-def sample(data, key, args):
-    """A batch of chunks, each at any place of the file; valid: not behind the end of an episode."""
-    h = args.horizon
-    starts = jax.random.randint(key, (args.batch_size,), 0, len(data["rewards"]) - h + 1)
-    rows = starts[:, None] + jnp.arange(h)  # (B, h)
-    ended = jnp.cumsum(data["terminals"][rows], 1) - data["terminals"][rows]
-    valid = (ended == 0).astype(jnp.float32)
+def draw(key, num_transitions, action_dim, args):
+    """The random numbers of an update: where the chunks start, (B,), and the noise of the losses."""
+    keys = jax.random.split(key, 5)
+    last = num_transitions - args.horizon
+    starts = jax.random.randint(keys[0], (args.batch_size,), 0, last + 1)
+    noise = fql.Noise(
+        next_z=jax.random.normal(keys[1], (args.batch_size, action_dim)),
+        flow_x0=jax.random.normal(keys[2], (args.batch_size, action_dim)),
+        flow_t=jax.random.uniform(keys[3], (args.batch_size, 1)),
+        policy_z=jax.random.normal(keys[4], (args.batch_size, action_dim)),
+    )
+    return starts, noise
+
+
+def chunks(data, starts, args):
+    """The chunks from there on; valid: not behind the end of an episode."""
+    rows = starts[:, None] + jnp.arange(args.horizon)  # (B, h)
+    ended_before = jnp.cumsum(data["terminals"][rows], 1) - data["terminals"][rows]
+    valid = (ended_before == 0).astype(jnp.float32)
     return dict(
         observations=data["observations"][starts],
-        actions=data["actions"][rows].reshape(args.batch_size, -1),
-        rewards=(data["rewards"][rows] * valid * args.discount ** jnp.arange(h)).sum(1),
+        actions=data["actions"][rows].reshape(len(starts), -1),
+        rewards=(data["rewards"][rows] * valid * args.discount ** jnp.arange(args.horizon)).sum(1),
         masks=jnp.where(valid > 0, data["masks"][rows], 1).min(1),
-        next_observations=data["next_observations"][rows[:, -1]],  # matters if all steps are valid
+        next_observations=data["next_observations"][rows[:, -1]],  # weight 0 unless all are valid
         valid=valid,
     )
 
@@ -102,56 +121,53 @@ def make_networks(obs_dim, action_dim, args, key):
     return modules, params, params["critic"]
 
 
-def make_update(modules, optimizer, data, args):
-    """(params, target, optimizer's state), key -> the same after an update."""
+def make_updates(modules, optimizer, data, args):
+    """A function: (params, target, optimizer's state), N keys -> the same after N updates."""
 
-    def loss(params, target, batch, key):
+    def loss(params, target, batch, noise):
         obs = batch["observations"]
-        keys = jax.random.split(key, 4)
-        shape = batch["actions"].shape
+        fixed = jax.lax.stop_gradient(params)
 
-        def one_step(z, obs, params):
+        def one_step(params, obs, z):
             return modules["one_step"].apply(params["one_step"], obs, z)
 
-        fixed = jax.lax.stop_gradient(params)
-        z = jax.random.normal(keys[0], shape)
-        next_actions = jnp.clip(one_step(z, batch["next_observations"], fixed), -1, 1)
-        next_q = modules["critic"].apply(target, batch["next_observations"], next_actions)
-        next_q = next_q[..., 0].mean(0)
+        def critic(params, obs, actions):
+            return modules["critic"].apply(params, obs, actions)[..., 0]  # (critics, B)
+
+        def velocity(params, obs, x, t):
+            return modules["velocity"].apply(params["velocity"], obs, x, t)
+
+        next_obs = batch["next_observations"]
+        next_actions = jnp.clip(one_step(fixed, next_obs, noise.next_z), -1, 1)
+        next_q = critic(target, next_obs, next_actions).mean(0)
         q_target = batch["rewards"] + args.discount**args.horizon * batch["masks"] * next_q
-        q = modules["critic"].apply(params["critic"], obs, batch["actions"])[..., 0]
+        q = critic(params["critic"], obs, batch["actions"])
         critic_loss = (batch["valid"][:, -1] * (q - q_target) ** 2).mean()
 
-        x0 = jax.random.normal(keys[1], shape)
-        t = jax.random.uniform(keys[2], (shape[0], 1))
-        xt = (1 - t) * x0 + t * batch["actions"]
-        v = modules["velocity"].apply(params["velocity"], obs, xt, t)
-        error = ((v - (batch["actions"] - x0)) ** 2).reshape(shape[0], args.horizon, -1)
-        flow_loss = (batch["valid"][..., None] * error).mean()
+        xt = (1 - noise.flow_t) * noise.flow_x0 + noise.flow_t * batch["actions"]
+        error = velocity(params, obs, xt, noise.flow_t) - (batch["actions"] - noise.flow_x0)
+        error = error.reshape(len(error), args.horizon, -1)
+        flow_loss = (batch["valid"][..., None] * error**2).mean()
 
-        z = jax.random.normal(keys[3], shape)
-        x = z
+        x = noise.policy_z
         for k in range(args.flow_steps):
-            t = jnp.full((shape[0], 1), k / args.flow_steps)
-            x = x + modules["velocity"].apply(fixed["velocity"], obs, x, t) / args.flow_steps
-        actions = one_step(z, obs, params)
+            t = jnp.full_like(noise.flow_t, k / args.flow_steps)
+            x = x + velocity(fixed, obs, x, t) / args.flow_steps
+        actions = one_step(params, obs, noise.policy_z)
         distill_loss = ((actions - jnp.clip(x, -1, 1)) ** 2).mean()
-        q = modules["critic"].apply(fixed["critic"], obs, jnp.clip(actions, -1, 1))
+        q = critic(fixed["critic"], obs, jnp.clip(actions, -1, 1)).mean(0)
         return critic_loss + flow_loss + args.alpha * distill_loss - q.mean()
 
     def update(state, key):
         params, target, optimizer_state = state
-        sample_key, loss_key = jax.random.split(key)
-        grads = jax.grad(loss)(params, target, sample(data, sample_key, args), loss_key)
+        num_transitions, action_dim = data["actions"].shape
+        starts, noise = draw(key, num_transitions, args.horizon * action_dim, args)
+        grads = jax.grad(loss)(params, target, chunks(data, starts, args), noise)
         target = optax.incremental_update(params["critic"], target, args.tau)  # the old critic
         updates, optimizer_state = optimizer.update(grads, optimizer_state)
         return (optax.apply_updates(params, updates), target, optimizer_state), None
 
-    @jax.jit
-    def updates(state, keys):
-        return jax.lax.scan(update, state, keys)[0]
-
-    return updates
+    return jax.jit(lambda state, keys: jax.lax.scan(update, state, keys)[0])
 
 
 @torch.no_grad()
@@ -172,32 +188,17 @@ def copy_to(nets, params):
                 tensor.copy_(torch.tensor(np.array(value)).view_as(tensor))
 
 
-def main(
-    run: tyro.conf.Positional[Path],
-    dataset: Path,
-    seed: int = 0,
-    updates_per_call: int = 500,
-):
-    """run: a folder of fql.py; dataset: the npz file that it was trained on."""
-    args = fql.saved_args(run)
-    _, _, env_id = common.resolve_task(args.env, args.task)
-    data = load(dataset, env_id, args.sparse)
-    rows, _ = common.load_dataset(dataset, env_id, "cpu", args.sparse)
+def train(updates, state, nets, args, rows, seed):
+    """As fql.py does; rows: its dataset; nets: its networks, for the evaluations."""
     env = fql.make_env(args)
-    action_dim = args.horizon * data["actions"].shape[1]
-    key, init_key = jax.random.split(jax.random.PRNGKey(seed))
-    modules, params, target = make_networks(rows.obs_dim, action_dim, args, init_key)
-    nets = fql.Networks(rows.obs_dim, action_dim, args)
-    optimizer = optax.adam(args.lr)
-    updates = make_update(modules, optimizer, data, args)
-    state = (params, target, optimizer.init(params))
-    start = time.time()
-    for step in range(updates_per_call, args.offline_steps + 1, updates_per_call):
+    key = jax.random.PRNGKey(seed + 1)
+    for step in range(PER_CALL, args.offline_steps + 1, PER_CALL):
+        start = time.perf_counter()
         key, call_key = jax.random.split(key)
-        state = updates(state, jax.random.split(call_key, updates_per_call))
-        if step % args.eval_interval == 0 or step % 5000 == 0:
-            jax.block_until_ready(state)
-            print(f"step {step}, {step / (time.time() - start):.1f} updates/s", flush=True)
+        state = jax.block_until_ready(updates(state, jax.random.split(call_key, PER_CALL)))
+        if step % 5000 == 0:
+            speed = PER_CALL / (time.perf_counter() - start)
+            print(f"step {step}, {speed:.1f} updates/s", flush=True)
         if step % args.eval_interval == 0:
             copy_to(nets, state[0])
             generator = torch.Generator().manual_seed(seed + step)
@@ -206,6 +207,68 @@ def main(
             print(f"success {results['success'].mean():.2f} in {args.eval_episodes} episodes\n")
             before_the_goal.print_table(nets, args, rows)
             print(flush=True)
+
+
+def compare(updates, state, nets, args, rows, seed, steps):
+    """Both codes' updates on the same chunks and noise; rows: fql.py's dataset, nets: its networks.
+
+    Every sixth part of the steps, prints the differences of the two critics' Q and of the two
+    policies' actions on a thousand chunks of the data.
+    """
+    copy_to(nets, state[0])
+    nets.target_critic.load_state_dict(nets.critic.state_dict())
+    optimizer = fql.make_optimizer(nets, args)
+    jax_nets = copy.deepcopy(nets)
+    _, action_dim = nets.sizes
+    some = rows.chunks(
+        torch.arange(0, len(rows) - args.horizon, len(rows) // 1000), args.horizon, 1
+    )
+    num_solved = 0
+    print("| updates | chunks that solve the task | mean Q | largest difference | of actions |")
+    print("| --- | --- | --- | --- | --- |")
+    for step, key in enumerate(jax.random.split(jax.random.PRNGKey(seed + 1), steps), 1):
+        state = updates(state, key[None])
+        starts, noise = draw(key, len(rows), action_dim, args)
+        starts, *noise = (torch.tensor(np.array(x)) for x in (starts, *noise))
+        batch = rows.chunks(starts.long(), args.horizon, args.discount)
+        fql.update(nets, optimizer, batch, fql.Noise(*noise), args)
+        num_solved += int((batch.masks == 0).sum())
+        if step % max(1, steps // 6) == 0:
+            copy_to(jax_nets, state[0])
+            with torch.no_grad():
+                q, jax_q = (x.critic(some.observations, some.actions) for x in (nets, jax_nets))
+                actions, jax_actions = (
+                    x.one_step(some.observations, some.actions) for x in (nets, jax_nets)
+                )
+            difference = (q - jax_q).abs().max()
+            of_actions = (actions - jax_actions).abs().max()
+            print(
+                f"| {step} | {num_solved} | {q.mean():.1f} | {difference:.1e} | {of_actions:.1e} |"
+            )
+
+
+def main(run: tyro.conf.Positional[Path], dataset: Path, seed: int = 0, lockstep: int = 0):
+    """run: a folder of fql.py; dataset: the npz file that it was trained on.
+
+    Args:
+        seed: of weights, chunks and noise
+        lockstep: do not train; make that many updates with both codes
+    """
+    args = fql.saved_args(run)
+    _, _, env_id = common.resolve_task(args.env, args.task)
+    data = load(dataset, env_id, args.sparse)
+    rows, _ = common.load_dataset(dataset, env_id, "cpu", args.sparse)
+    action_dim = args.horizon * data["actions"].shape[1]
+    key = jax.random.PRNGKey(seed)
+    modules, params, target = make_networks(rows.obs_dim, action_dim, args, key)
+    nets = fql.Networks(rows.obs_dim, action_dim, args)
+    optimizer = optax.adam(args.lr)
+    updates = make_updates(modules, optimizer, data, args)
+    state = (params, target, optimizer.init(params))
+    if lockstep > 0:
+        compare(updates, state, nets, args, rows, seed, lockstep)
+    else:
+        train(updates, state, nets, args, rows, seed)
 
 
 if __name__ == "__main__":
