@@ -69,7 +69,7 @@ def load(path, env_id, sparse):
 
 
 def draw(key, num_transitions, action_dim, args):
-    """The random numbers of an update: where the chunks start, (B,), and the noise of the losses."""
+    """The random numbers of an update: starts of the chunks, (B,), and noise of the losses."""
     keys = jax.random.split(key, 5)
     last = num_transitions - args.horizon
     starts = jax.random.randint(keys[0], (args.batch_size,), 0, last + 1)
