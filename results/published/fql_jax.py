@@ -3,7 +3,7 @@
     python3 -m venv VENV
     VENV/bin/pip install -r requirements.txt "jax[cpu]" flax optax
     VENV/bin/python results/published/fql_jax.py RUN --dataset puzzle-3x3-play-v0.npz
-    VENV/bin/python results/published/fql_jax.py RUN --dataset puzzle-3x3-play-v0.npz --lockstep 600
+    VENV/bin/python results/published/fql_jax.py RUN --dataset puzzle-3x3-play-v0.npz --lockstep 1800
 
 RUN is a folder of fql.py, from which the settings are taken: q_agg mean, rho 0, state observations,
 offline. Networks, losses, optimizer and chunks are written here a second time, with Flax and Optax,
@@ -212,39 +212,41 @@ def train(updates, state, nets, args, rows, seed):
 def compare(updates, state, nets, args, rows, seed, steps):
     """Both codes' updates on the same chunks and noise; rows: fql.py's dataset, nets: its networks.
 
-    Every sixth part of the steps, prints the differences of the two critics' Q and of the two
-    policies' actions on a thousand chunks of the data.
+    Every sixth part of the steps, prints the differences of the two critics' Q on a thousand chunks
+    of the data; beside them, those of fql.py from weights that are rounded otherwise.
     """
     copy_to(nets, state[0])
     nets.target_critic.load_state_dict(nets.critic.state_dict())
-    optimizer = fql.make_optimizer(nets, args)
+    rounded = copy.deepcopy(nets)
     jax_nets = copy.deepcopy(nets)
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.mul_(1 + 2**-24 * torch.randn_like(parameter))
+    optimizers = [(x, fql.make_optimizer(x, args)) for x in (nets, rounded)]
     _, action_dim = nets.sizes
-    some = rows.chunks(
-        torch.arange(0, len(rows) - args.horizon, len(rows) // 1000), args.horizon, 1
-    )
-    num_solved = 0
-    print("| updates | chunks that solve the task | mean Q | largest difference | of actions |")
-    print("| --- | --- | --- | --- | --- |")
+    starts = torch.arange(0, len(rows) - args.horizon, len(rows) // 1000)
+    some = rows.chunks(starts, args.horizon, args.discount)
+    print("| updates | mean Q | difference: root mean square, largest | from other rounding |")
+    print("| --- | --- | --- | --- |")
     for step, key in enumerate(jax.random.split(jax.random.PRNGKey(seed + 1), steps), 1):
         state = updates(state, key[None])
         starts, noise = draw(key, len(rows), action_dim, args)
         starts, *noise = (torch.tensor(np.array(x)) for x in (starts, *noise))
         batch = rows.chunks(starts.long(), args.horizon, args.discount)
-        fql.update(nets, optimizer, batch, fql.Noise(*noise), args)
-        num_solved += int((batch.masks == 0).sum())
+        for these_nets, optimizer in optimizers:
+            fql.update(these_nets, optimizer, batch, fql.Noise(*noise), args)
         if step % max(1, steps // 6) == 0:
             copy_to(jax_nets, state[0])
             with torch.no_grad():
-                q, jax_q = (x.critic(some.observations, some.actions) for x in (nets, jax_nets))
-                actions, jax_actions = (
-                    x.one_step(some.observations, some.actions) for x in (nets, jax_nets)
+                q, jax_q, rounded_q = (
+                    x.critic(some.observations, some.actions) for x in (nets, jax_nets, rounded)
                 )
-            difference = (q - jax_q).abs().max()
-            of_actions = (actions - jax_actions).abs().max()
-            print(
-                f"| {step} | {num_solved} | {q.mean():.1f} | {difference:.1e} | {of_actions:.1e} |"
-            )
+            columns = [f"{step}", f"{q.mean():.1f}"]
+            for other_q in (jax_q, rounded_q):
+                difference = q - other_q
+                rms = difference.square().mean().sqrt()
+                columns.append(f"{rms:.1e}, {difference.abs().max():.1e}")
+            print("|", " | ".join(columns), "|", flush=True)
 
 
 def main(run: tyro.conf.Positional[Path], dataset: Path, seed: int = 0, lockstep: int = 0):
