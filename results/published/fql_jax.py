@@ -219,6 +219,7 @@ def compare(updates, state, nets, args, rows, seed, steps):
     nets.target_critic.load_state_dict(nets.critic.state_dict())
     rounded = copy.deepcopy(nets)
     jax_nets = copy.deepcopy(nets)
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in rounded.parameters():
             parameter.mul_(1 + 2**-24 * torch.randn_like(parameter))
