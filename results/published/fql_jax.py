@@ -2,8 +2,8 @@
 
     python3 -m venv VENV
     VENV/bin/pip install -r requirements.txt "jax[cpu]" flax optax
-    VENV/bin/python results/published/fql_jax.py RUN --dataset puzzle-3x3-play-v0.npz
-    VENV/bin/python results/published/fql_jax.py RUN --dataset puzzle-3x3-play-v0.npz --lockstep 1800
+    VENV/bin/python results/published/fql_jax.py RUN --dataset DATASET
+    VENV/bin/python results/published/fql_jax.py RUN --dataset DATASET --lockstep 1800
 
 RUN is a folder of fql.py, from which the settings are taken: q_agg mean, rho 0, state observations,
 offline. Networks, losses, optimizer and chunks are written here a second time, with Flax and Optax,
