@@ -15,6 +15,7 @@ makes a run of 30,000 steps in runs/one-difference/DIFFERENCE-POLICY, or resumes
     normalised-t    naive: t is normalised in this way
     post-norm       flow-t: LayerNorm after each sum instead of before each block
     post-renorm     flow-t: BatchRenorm there, the same for all steps
+    floor           tanh's density as log(1 - tanh^2 + 1e-6): its gradient is lost for large x_K
     all             what the authors' script for this policy has of these
 
 They replace parts of flow_sac here, for these runs only.
@@ -37,9 +38,9 @@ RUNS = Path("runs/one-difference")
 ORIGINAL_FLOW_T = flow_sac.FlowT
 FLOW_STEPS = 4
 ALL = {
-    "flow-t": {"noise", "two-heads", "normalised-x", "post-renorm"},
-    "flow-g": {"noise", "normalised-x"},
-    "naive": {"noise", "two-heads", "normalised-x", "normalised-t"},
+    "flow-t": {"noise", "two-heads", "normalised-x", "post-renorm", "floor"},
+    "flow-g": {"noise", "normalised-x", "floor"},
+    "naive": {"noise", "two-heads", "normalised-x", "normalised-t", "floor"},
 }
 
 
@@ -74,6 +75,14 @@ def rollout(velocity, log_sigma, obs, x, eps, authors_noise, two_heads):
             x = x + drift * dt + log_std.exp() * noise
         log_prob = log_prob - (log_std + 0.5 * (noise**2 + math.log(2 * math.pi))).sum(-1)
     return x, log_prob
+
+
+def sample_with_log_prob(policy, obs, x0, eps):
+    """As flow_sac.sample_with_log_prob for a flow, with the authors' density of tanh."""
+    obs = policy.obs_norm(obs)
+    x, log_prob = flow_sac.rollout(policy.velocity, policy.log_sigma, obs, x0, eps)
+    actions = x.tanh()
+    return actions, log_prob - (1 - actions**2 + 1e-6).log().sum(-1)
 
 
 class Naive(flow_sac.Naive):
@@ -152,6 +161,8 @@ def impose(differences, policy):
     has_x = "normalised-x" in differences
     has_t = "normalised-t" in differences
     flow_sac.rollout = partial(rollout, authors_noise=has_noise, two_heads=two_heads)
+    if "floor" in differences:
+        flow_sac.sample_with_log_prob = sample_with_log_prob
     if has_noise or "range" in differences:
         flow_sac.LogSigma = partial(flow_sac.LogSigma, high=2.0)
     if policy == "flow-t":
@@ -177,6 +188,7 @@ def main(
             "normalised-t",
             "post-norm",
             "post-renorm",
+            "floor",
             "all",
         ]
     ],
