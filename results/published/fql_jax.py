@@ -258,9 +258,16 @@ def main(run: tyro.conf.Positional[Path], dataset: Path, seed: int = 0, lockstep
         lockstep: do not train; make that many updates with both codes
     """
     args = fql.saved_args(run)
-    _, _, env_id = common.resolve_task(args.env, args.task)
-    data = load(dataset, env_id, args.sparse)
+    name, _, env_id = common.resolve_task(args.env, args.task)
+    if args.q_agg != "mean" or args.rho > 0 or args.normalize_q_loss or args.online_steps > 0:
+        raise common.UserError(
+            f"{run}: only runs with q_agg mean, without rho, normalize_q_loss and online steps can "
+            "be repeated here"
+        )
+    if name.startswith("visual-"):
+        raise common.UserError(f"{run}: only runs on states can be repeated here, not {name}")
     rows, _ = common.load_dataset(dataset, env_id, "cpu", args.sparse)
+    data = load(dataset, env_id, args.sparse)
     action_dim = args.horizon * data["actions"].shape[1]
     key = jax.random.PRNGKey(seed)
     modules, params, target = make_networks(rows.obs_dim, action_dim, args, key)
@@ -275,4 +282,8 @@ def main(run: tyro.conf.Positional[Path], dataset: Path, seed: int = 0, lockstep
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    try:
+        tyro.cli(main, description=__doc__)
+    except common.UserError as error:
+        print(f"fql_jax.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
