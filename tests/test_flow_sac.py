@@ -281,6 +281,26 @@ def test_rollouts_of_one_difference_are_those_of_the_diagnosis(policy, monkeypat
     assert torch.allclose(end, x0 + v + std * eps[0])
 
 
+def test_the_authors_density_of_tanh_is_ours_until_it_loses_its_gradient(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "results/halfcheetah")
+    import one_difference
+
+    _, nets, batch, noise = make(policy="flow-t")
+    monkeypatch.setattr(flow_sac, "rollout", lambda v, sigma, obs, x, eps: (x, 0 * x.sum(-1)))
+
+    def densities(size):
+        x = (size * noise.policy_x0.sign()).requires_grad_()
+        for module in (flow_sac, one_difference):
+            _, log_prob = module.sample_with_log_prob(nets.policy, batch.observations, x, None)
+            yield log_prob, torch.autograd.grad(log_prob.sum(), x)[0]
+
+    for ours, theirs in zip(*densities(0.5)):
+        assert torch.allclose(ours, theirs, atol=1e-5)  # of 1e-6 / (1 - tanh^2), 3 actions
+    (_, ours), (_, theirs) = densities(20.0)
+    assert ours.abs().min() > 1.99
+    assert theirs.abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("policy", ["flow-t", "gaussian"])
 def test_the_logged_gradient_norm_is_that_of_the_loss_by_the_velocity(policy):
     args, nets, batch, noise = make(policy=policy)
