@@ -43,6 +43,13 @@ ALL = {
     "naive": {"noise", "two-heads", "normalised-x", "normalised-t", "floor"},
 }
 
+ONLY_FOR = {
+    "two-heads": ["flow-t", "naive"],
+    "normalised-t": ["naive"],
+    "post-norm": ["flow-t"],
+    "post-renorm": ["flow-t"],
+}
+
 
 def rollout(velocity, log_sigma, obs, x, eps, authors_noise, two_heads):
     """As flow_sac.rollout, with the authors' noise, a velocity that returns log sigma too, or both.
@@ -199,6 +206,8 @@ def main(
     compile: bool = False,
 ):
     """All but the first two: as in flow_sac.py."""
+    if policy not in ONLY_FOR.get(difference, ALL):
+        sys.exit(f"one_difference.py: error: {difference} is not for --policy {policy}")
     impose(ALL[policy] if difference == "all" else {difference}, policy)
     width = 64 if policy == "flow-t" else 128
     flags = f"""--env HalfCheetah-v5 --policy {policy} --policy-width {width} --hidden 256 256

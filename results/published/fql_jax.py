@@ -261,8 +261,8 @@ def main(run: tyro.conf.Positional[Path], dataset: Path, seed: int = 0, lockstep
     name, _, env_id = common.resolve_task(args.env, args.task)
     if args.q_agg != "mean" or args.rho > 0 or args.normalize_q_loss or args.online_steps > 0:
         raise common.UserError(
-            f"{run}: only runs with q_agg mean, without rho, normalize_q_loss and online steps can "
-            "be repeated here"
+            f"{run}: only runs with q_agg mean and without rho, normalize_q_loss or online steps "
+            "can be repeated here"
         )
     if name.startswith("visual-"):
         raise common.UserError(f"{run}: only runs on states can be repeated here, not {name}")
