@@ -14,19 +14,22 @@ import numpy as np
 import ogbench
 import pytest
 import torch
+import tyro
 
 import common
 import fql
 import qflow
 
 ROOT = Path(__file__).parent.parent
-for folder in (".", "antmaze-large", "bptt", "flow-steps", "online", "toy"):
+for folder in (".", "antmaze-large", "bptt", "flow-steps", "online", "published", "toy"):
     sys.path.insert(0, str(ROOT / "results" / folder))
+import before_the_goal  # noqa: E402
 import best_of_n  # noqa: E402
 import bptt  # noqa: E402
 import collect_antmaze  # noqa: E402
 import collect_play  # noqa: E402
 import export_online  # noqa: E402
+import flip_buttons  # noqa: E402
 import flow_steps  # noqa: E402
 import online_cost  # noqa: E402
 import q_by_distance  # noqa: E402
@@ -597,6 +600,31 @@ def test_a_mistake_in_collecting_is_named_in_one_line(monkeypatch, tool, flags, 
 def test_collecting_uses_the_cores_that_it_may_use(monkeypatch, tool):
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 5})
     assert tool.num_cores() == 2
+
+
+@pytest.mark.slow
+def test_a_puzzle_with_flipped_buttons_moves_as_the_puzzle_does(tmp_path, monkeypatch, capsys):
+    env, oracles = collect_play.make("puzzle-3x3-v0")
+    rows = collect_play.play(env, oracles, np.random.default_rng(0), "puzzle-3x3-v0")
+    data = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    common.write_dataset(tmp_path / "data.npz", "a test", data)
+    flipped = flip_buttons.flip(data, np.arange(9) % 3 == 0)
+    env.reset(seed=0)
+    env.unwrapped.set_state(*(flipped[name][0] for name in ("qpos", "qvel", "button_states")))
+    for action, expected in zip(flipped["actions"][:100], flipped["observations"][1:101]):
+        np.testing.assert_allclose(env.step(action)[0], expected, atol=1e-4)
+    assert len(np.unique(flipped["button_states"][:100], axis=0)) > 2  # there were presses
+
+    monkeypatch.setattr(sys, "argv", ["", f"{tmp_path}/data.npz", f"{tmp_path}/out.npz"])
+    tyro.cli(flip_buttons.main)
+    counts = flip_buttons.visits(data["button_states"], data["terminals"])
+    assert f"flipped {counts.max()} times\n" in capsys.readouterr().out
+    written = dict(np.load(tmp_path / "out.npz"))
+    goal = np.array([1, 1, 0, 1, 0, 1, 0, 1, 1])
+    states = written["button_states"]
+    arrivals = (states[1:] == goal).all(1) & (states[:-1] != goal).any(1)
+    assert arrivals.sum() == counts.max()
+    assert (before_the_goal.button_states(written["observations"]) == states).all()
 
 
 @pytest.mark.slow

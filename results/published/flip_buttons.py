@@ -1,0 +1,64 @@
+"""A dataset of puzzle-3x3 with other luck: one that solves a task as often as it can.
+
+    python results/published/flip_buttons.py DATASET OUT --task 1
+
+A press switches the same buttons in every state, and the episodes of a dataset start in random
+states. So a dataset with some buttons flipped from beginning to end (on is off) is as probable as
+the dataset itself, only that it visits other states often or rarely. This flips the buttons with
+which the data press their way to the task's goal most often, and prints the numbers.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import common  # noqa: E402
+
+# Numbers of an observation before the buttons, each of which has four: its state one-hot, its
+# position and its velocity.
+ARM = 19
+BITS = 1 << np.arange(9)
+
+
+def visits(button_states, terminals):
+    """How often a press leads to each state: (M, 9), (M,) -> (512,), button n as bit n."""
+    index = button_states @ BITS
+    is_press = (index[1:] != index[:-1]) & ~terminals[:-1]
+    return np.bincount(index[1:][is_press], minlength=512)
+
+
+def flip(data, is_flipped):
+    """The arrays of a dataset with some buttons flipped in every row; is_flipped: (9,) bool."""
+    observations = data["observations"].copy()
+    buttons = observations[:, ARM:].reshape(len(observations), -1, 4)  # a view
+    buttons[:, is_flipped, :2] = buttons[:, is_flipped, 1::-1]
+    return {
+        **data,
+        "observations": observations,
+        "button_states": data["button_states"] ^ is_flipped,
+    }
+
+
+def main(dataset: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], task: int = 1):
+    """dataset, out: npz files; task: 1 to 5."""
+    with np.load(dataset) as file:
+        data = dict(file)
+    env = common.make_env("puzzle-3x3-v0")
+    goal = env.unwrapped.task_infos[task - 1]["goal_button_states"].astype(bool)
+    before = visits(data["button_states"], data["terminals"])
+    is_flipped = goal ^ (before.argmax() & BITS > 0)
+    data = flip(data, is_flipped)
+    after = visits(data["button_states"], data["terminals"])
+    change = f"buttons {np.flatnonzero(is_flipped)} flipped"
+    print(f"a press leads to a state {before.mean():.0f} times on average,")
+    print(f"to the goal of task {task} {before[goal @ BITS]} times,")
+    print(f"to it with the {change} {after[goal @ BITS]} times")
+    source = f"{data.pop('source')}, {change}"
+    common.write_dataset(out, source, data)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
