@@ -3,9 +3,11 @@
     python results/published/before_the_goal.py RUN DATASET
 
 Prints which buttons the task switches and how often the data solve it. Then a row for each last
-press (the buttons that it switches): how often the data have it after 40 unsolved steps, and the
-mean Q of the chunks that start 3, 10, 20, 40 steps before. Beside it, the Q of a policy that goes
-on like the data: minus the discounted number of steps to the goal.
+press (the buttons that it switches) and one for all: how often the data have it after 40 unsolved
+steps, and the mean Q of the chunks that start 3, 10, 20, 40 steps before. Above them, the Q of a
+policy that goes on like the data: minus the discounted number of steps to the goal. The second
+table has the mean Q of other chunks from the same states: of 64 samples of the policy and of the
+flow, and of the best of the policy's.
 """
 
 import sys
@@ -20,6 +22,7 @@ import common  # noqa: E402
 import fql  # noqa: E402
 
 STEPS = (3, 10, 20, 40)
+SAMPLES = 64
 
 
 def button_states(observations):
@@ -42,6 +45,8 @@ def print_table(nets, args, data):
     print(f"the task switches {np.flatnonzero(start != goal)}; the data solve it", end=" ")
     print(f"{len(solutions)} times\n")
     values = {}  # the buttons switched -> a list of Q, one for each number in STEPS
+    others = {"policy": [], "best of the policy's": [], "flow": []}
+    generator = torch.Generator().manual_seed(0)
     for i in solutions:
         is_whole = data.valids[rows[i] - max(STEPS) : rows[i]].all()  # in one episode
         if not is_whole or solved[i - max(STEPS) : i].any():
@@ -51,14 +56,37 @@ def print_table(nets, args, data):
         batch = data.chunks(starts, args.horizon, args.discount)
         q = nets.critic(batch.observations, batch.actions).mean(0)
         values.setdefault(switched, []).append(q.tolist())
-    print("| buttons | times |", " | ".join(f"{steps} before" for steps in STEPS), "|")
-    print("| --- " * (2 + len(STEPS)) + "|")
+        obs = batch.observations.repeat(SAMPLES, 1)
+        noise = torch.randn(len(obs), batch.actions.shape[1], generator=generator)
+        actions = nets.one_step(obs, noise).clamp(-1, 1)
+        q = nets.critic(obs, actions).mean(0).view(SAMPLES, len(STEPS))
+        others["policy"].append(q.mean(0).tolist())
+        others["best of the policy's"].append(q.amax(0).tolist())
+        actions = fql.rollout(nets.velocity, obs, noise, torch.zeros(len(obs), 1), args.flow_steps)
+        q = nets.critic(obs, actions).mean(0).view(SAMPLES, len(STEPS))
+        others["flow"].append(q.mean(0).tolist())
     true = [-(1 - args.discount**steps) / (1 - args.discount) for steps in STEPS]
-    print("| all, going on like the data | |", " | ".join(f"{q:.0f}" for q in true), "|")
+    everything = [row for rows_of_one in values.values() for row in rows_of_one]
+    print_head("buttons | times")
+    print_row("right, going on like the data |", true)
+    print_row(f"all | {len(everything)}", np.mean(everything, 0))
     for switched, q in sorted(values.items()):
-        mean = np.mean(q, 0)
         name = " ".join(str(button) for button in switched)
-        print(f"| {name} | {len(q)} |", " | ".join(f"{x:.0f}" for x in mean), "|")
+        print_row(f"{name} | {len(q)}", np.mean(q, 0))
+    print()
+    print_head("chunk")
+    print_row("data", np.mean(everything, 0))
+    for name, q in others.items():
+        print_row(name, np.mean(q, 0))
+
+
+def print_head(columns):
+    print(f"| {columns} |", " | ".join(f"{steps} before" for steps in STEPS), "|")
+    print("| --- " * (columns.count("|") + 1 + len(STEPS)) + "|")
+
+
+def print_row(name, q):
+    print(f"| {name} |", " | ".join(f"{x:.0f}" for x in q), "|")
 
 
 def main(run: tyro.conf.Positional[Path], dataset: tyro.conf.Positional[Path]):

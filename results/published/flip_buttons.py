@@ -1,11 +1,13 @@
-"""A dataset of puzzle-3x3 with other luck: one that solves a task as often as it can.
+"""A dataset of puzzle-3x3 with other luck: one that solves a task more often, or less.
 
-    python results/published/flip_buttons.py DATASET OUT --task 1
+    python results/published/flip_buttons.py DATASET OUT --task 1                   # most often
+    python results/published/flip_buttons.py DATASET OUT --task 1 --quantile 0.5    # averagely
 
 A press switches the same buttons in every state, and the episodes of a dataset start in random
 states. So a dataset with some buttons flipped from beginning to end (on is off) is as probable as
-the dataset itself, only that it visits other states often or rarely. This flips the buttons with
-which the data press their way to the task's goal most often, and prints the numbers.
+the dataset itself, only that it visits other states often or rarely. This sorts the 512 states by
+how often a press of the data leads to them, flips the buttons that turn the one at the quantile
+into the task's goal, and prints the numbers.
 """
 
 import sys
@@ -42,14 +44,20 @@ def flip(data, is_flipped):
     }
 
 
-def main(dataset: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path], task: int = 1):
-    """dataset, out: npz files; task: 1 to 5."""
+def main(
+    dataset: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    task: int = 1,
+    quantile: float = 1,
+):
+    """dataset, out: npz files; task: 1 to 5; quantile: 0 to 1, of the states."""
     with np.load(dataset) as file:
         data = dict(file)
     env = common.make_env("puzzle-3x3-v0")
     goal = env.unwrapped.task_infos[task - 1]["goal_button_states"].astype(bool)
     before = visits(data["button_states"], data["terminals"])
-    is_flipped = goal ^ (before.argmax() & BITS > 0)
+    state = before.argsort(kind="stable")[round(511 * quantile)]
+    is_flipped = goal ^ (state & BITS > 0)
     data = flip(data, is_flipped)
     after = visits(data["button_states"], data["terminals"])
     change = f"buttons {np.flatnonzero(is_flipped)} flipped"
