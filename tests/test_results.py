@@ -615,11 +615,11 @@ def test_a_puzzle_with_flipped_buttons_moves_as_the_puzzle_does(tmp_path, monkey
         np.testing.assert_allclose(env.step(action)[0], expected, atol=1e-4)
     assert len(np.unique(flipped["button_states"][:100], axis=0)) > 2  # there were presses
 
-    monkeypatch.setattr(sys, "argv", ["", f"{tmp_path}/data.npz", f"{tmp_path}/out.npz"])
+    monkeypatch.setattr(sys, "argv", ["", f"{tmp_path}/data.npz", f"{tmp_path}/new/out.npz"])
     tyro.cli(flip_buttons.main)
     counts = flip_buttons.visits(data["button_states"], data["terminals"])
     assert f"flipped {counts.max()} times\n" in capsys.readouterr().out
-    written = dict(np.load(tmp_path / "out.npz"))
+    written = dict(np.load(tmp_path / "new/out.npz"))
     goal = np.array([1, 1, 0, 1, 0, 1, 0, 1, 1])
     states = written["button_states"]
     arrivals = (states[1:] == goal).all(1) & (states[:-1] != goal).any(1)

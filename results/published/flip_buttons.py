@@ -51,8 +51,17 @@ def main(
     quantile: float = 1,
 ):
     """dataset, out: npz files; task: 1 to 5; quantile: 0 to 1, of the states."""
-    with np.load(dataset) as file:
-        data = dict(file)
+    if not 1 <= task <= 5:
+        raise common.UserError(f"--task {task}: must be from 1 to 5")
+    if not 0 <= quantile <= 1:
+        raise common.UserError(f"--quantile {quantile}: must be from 0 to 1")
+    try:
+        with np.load(dataset) as file:
+            data = dict(file)
+    except (OSError, ValueError) as error:
+        raise common.UserError(f"{dataset}: not a dataset: {error}") from None
+    if data.get("button_states", np.empty(0)).shape[1:] != (9,):
+        raise common.UserError(f"{dataset}: not a dataset of puzzle-3x3")
     env = common.make_env("puzzle-3x3-v0")
     goal = env.unwrapped.task_infos[task - 1]["goal_button_states"].astype(bool)
     before = visits(data["button_states"], data["terminals"])
@@ -64,9 +73,15 @@ def main(
     print(f"a press leads to a state {before.mean():.0f} times on average,")
     print(f"to the goal of task {task} {before[goal @ BITS]} times,")
     print(f"to it with the {change} {after[goal @ BITS]} times")
-    source = f"{data.pop('source')}, {change}"
+    source = f"{data.pop('source', 'official file')}, {change}"
+    with common.disk_errors(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
     common.write_dataset(out, source, data)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    try:
+        tyro.cli(main, description=__doc__)
+    except common.UserError as error:
+        print(f"flip_buttons.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
