@@ -31,6 +31,7 @@ import collect_play  # noqa: E402
 import export_online  # noqa: E402
 import flip_buttons  # noqa: E402
 import flow_steps  # noqa: E402
+import ifql  # noqa: E402
 import online_cost  # noqa: E402
 import q_by_distance  # noqa: E402
 import toy  # noqa: E402
@@ -625,6 +626,15 @@ def test_a_puzzle_with_flipped_buttons_moves_as_the_puzzle_does(tmp_path, monkey
     arrivals = (states[1:] == goal).all(1) & (states[:-1] != goal).any(1)
     assert arrivals.sum() == counts.max()
     assert (before_the_goal.button_states(written["observations"]) == states).all()
+
+    # Two updates of IFQL, and what its critic says before the goal.
+    settings = dict(hidden=(8, 8), steps=2, eval_interval=2, eval_episodes=1)
+    ifql.main(ifql.Args(str(tmp_path / "new/out.npz"), **settings))
+    printed = capsys.readouterr().out
+    assert re.match(r"2 updates: success 0%\n\nthe task switches \[0 1 3 5 7 8\]; ", printed)
+    rows = re.findall(r"^\| (all|data|flow|best of flow)\b.*?((?: -?\d+ \|){4})$", printed, re.M)
+    assert [name for name, _ in rows] == ["all", "data", "flow", "best of flow"]
+    assert rows[0][1] == rows[1][1]
 
 
 @pytest.mark.slow

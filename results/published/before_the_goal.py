@@ -6,8 +6,8 @@ Prints which buttons the task switches and how often the data solve it. Then a r
 press (the buttons that it switches) and one for all: how often the data have it after 40 unsolved
 steps, and the mean Q of the chunks that start 3, 10, 20, 40 steps before. Above them, the Q of a
 policy that goes on like the data: minus the discounted number of steps to the goal. The second
-table has the mean Q of other chunks from the same states: of 64 samples of the policy and of the
-flow, and of the best of the policy's.
+table has the Q of other chunks from the same states: of 64 samples of the policy and of the flow,
+their mean and the best of them.
 """
 
 import sys
@@ -34,18 +34,20 @@ def button_states(observations):
 
 
 @torch.no_grad()
-def print_table(nets, args, data):
-    """Of these networks, on a common.Dataset."""
+def print_table(nets, args, data, with_policy=True):
+    """Of these networks, on a common.Dataset; without the policy's rows if it is not trained."""
     rows = data.rows.numpy()
     states = button_states(data.observations.numpy())
     solved = data.masks.numpy()[rows] == 0
     solutions = np.flatnonzero(solved[1:] & ~solved[:-1]) + 1
+    if len(solutions) == 0:
+        raise common.UserError(f"the dataset never solves task {args.task}")
     obs, _ = fql.make_env(args).reset(seed=0)
     start, goal = button_states(np.stack([obs, data.observations[rows[solutions[0]] + 1]]))
     print(f"the task switches {np.flatnonzero(start != goal)}; the data solve it", end=" ")
     print(f"{len(solutions)} times\n")
     values = {}  # the buttons switched -> a list of Q, one for each number in STEPS
-    others = {"policy": [], "best of the policy's": [], "flow": []}
+    others = {}  # the name of a row -> a list of Q, one for each number in STEPS
     generator = torch.Generator().manual_seed(0)
     for i in solutions:
         is_whole = data.valids[rows[i] - max(STEPS) : rows[i]].all()  # in one episode
@@ -58,15 +60,18 @@ def print_table(nets, args, data):
         values.setdefault(switched, []).append(q.tolist())
         obs = batch.observations.repeat(SAMPLES, 1)
         noise = torch.randn(len(obs), batch.actions.shape[1], generator=generator)
-        actions = nets.one_step(obs, noise).clamp(-1, 1)
-        q = nets.critic(obs, actions).mean(0).view(SAMPLES, len(STEPS))
-        others["policy"].append(q.mean(0).tolist())
-        others["best of the policy's"].append(q.amax(0).tolist())
-        actions = fql.rollout(nets.velocity, obs, noise, torch.zeros(len(obs), 1), args.flow_steps)
-        q = nets.critic(obs, actions).mean(0).view(SAMPLES, len(STEPS))
-        others["flow"].append(q.mean(0).tolist())
+        zeros = torch.zeros(len(obs), 1)
+        actions = {"flow": fql.rollout(nets.velocity, obs, noise, zeros, args.flow_steps)}
+        if with_policy:
+            actions["policy"] = fql.sample_actions(nets, obs, noise, args)
+        for name, sampled in actions.items():
+            q = nets.critic(obs, sampled).mean(0).view(SAMPLES, len(STEPS))
+            others.setdefault(name, []).append(q.mean(0).tolist())
+            others.setdefault(f"best of {name}", []).append(q.amax(0).tolist())
     true = [-(1 - args.discount**steps) / (1 - args.discount) for steps in STEPS]
     everything = [row for rows_of_one in values.values() for row in rows_of_one]
+    if not everything:
+        raise common.UserError(f"the dataset never solves it after {max(STEPS)} unsolved steps")
     print_head("buttons | times")
     print_row("right, going on like the data |", true)
     print_row(f"all | {len(everything)}", np.mean(everything, 0))
