@@ -61,9 +61,9 @@ def total_loss(nets, batch, noise, args):
     error = target_q - nets.value(obs).flatten()
     weight = torch.where(error > 0, EXPECTILE, 1 - EXPECTILE)
     value_loss = (batch.valid[:, -1] * weight * error**2).mean()
-    td_loss, metrics = fql.critic_loss(nets, batch, q_target)
+    td_loss, _ = fql.critic_loss(nets, batch, q_target)
     flow_loss, _ = fql.flow_loss(nets, batch, noise.flow_x0, noise.flow_t)
-    return value_loss + td_loss + flow_loss, dict(value_loss=value_loss.detach())
+    return value_loss + td_loss + flow_loss, {}  # nothing to log
 
 
 @torch.no_grad()
