@@ -28,9 +28,9 @@ run() { # NAME UPDATES SCRIPT DATASET FLAGS...
             *) python results/collect_play.py "$4" --out "$folder" ;;
         esac
     fi
-    python "$3" --env "$4" --dataset "$folder/$4.npz" "${@:5}" --seed 0 --offline-steps "$2" \
+    python "$3" --env "$4" --dataset "$folder/$4.npz" --seed 0 --offline-steps "$2" \
         --eval-interval 50000 --eval-episodes 50 --compile \
-        --matmul-precision "${MATMUL_PRECISION:-high}" --start-or-resume "$folder/$1"
+        --matmul-precision "${MATMUL_PRECISION:-high}" "${@:5}" --start-or-resume "$folder/$1"
 }
 puzzle=(puzzle-3x3-play-v0 --sparse --horizon 5)
 scene=(scene-play-v0 --sparse --horizon 5)
@@ -39,6 +39,10 @@ scene=(scene-play-v0 --sparse --horizon 5)
 for task in 1 2 3 4 5; do
     run puzzle-3x3-task$task-fql 100000 fql.py "${puzzle[@]}" --task $task --alpha $alpha
 done
+
+# ... and with the default alpha of QC's code instead
+run puzzle-3x3-task1-fql-alpha100 100000 fql.py "${puzzle[@]}" --task 1 --alpha 100 \
+    --eval-interval 25000
 
 # 2: Q-Flow, lambda and aggregation by its paper's first table
 for task in 1 2 4; do
