@@ -214,7 +214,8 @@ def test_the_runs_of_the_script(tmp_path, monkeypatch):
 
     (tmp_path / "record.txt").unlink()
     environment["MATMUL_PRECISION"] = "medium"
-    subprocess.run([*command, "scene-task3-fql-alpha100"], cwd=tmp_path, env=environment, check=True)
+    command_of_one = [*command, "scene-task3-fql-alpha100"]
+    subprocess.run(command_of_one, cwd=tmp_path, env=environment, check=True)
     collected, ran = (tmp_path / "record.txt").read_text().splitlines()
     assert f"{SCENE} --out" in collected
     assert "--task 3" in ran and "--matmul-precision medium" in ran
