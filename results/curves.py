@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import wilson  # noqa: E402
 from table import summarise  # noqa: E402
 

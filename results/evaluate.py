@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import tyro
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 

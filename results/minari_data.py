@@ -40,7 +40,7 @@ from gymnasium.spaces import Box, Dict
 from gymnasium.wrappers import FlattenObservation, RescaleAction, TransformReward
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import import_script  # noqa: E402
 
 import common  # noqa: E402

@@ -51,7 +51,7 @@ try:
 except ImportError:
     ray = None  # --print does without
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 
 RETRIES = 5  # of a job that was killed, by machine or by signal

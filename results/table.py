@@ -27,7 +27,7 @@ import scipy.stats
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import minari_data  # noqa: E402
 
 import common  # noqa: E402

@@ -645,6 +645,17 @@ def test_training_on_arrays_of_ones_own(tmp_path):
     assert list(tmp_path.glob("runs/Pendulum-v1__qflow__0__*/curve.png"))
 
 
+TOOLS = ["collect_antmaze", "collect_play", "curves", "evaluate", "export_online", "sweep"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", [*TOOLS, "table", "weights_only"])
+def test_a_tool_can_be_called_by_a_path_with_two_dots(tool):
+    command = [sys.executable, f"../{tool}.py", "--help"]
+    result = subprocess.run(command, cwd=ROOT / "results/toy", capture_output=True, text=True)
+    assert result.returncode == 0 and "usage" in result.stdout, result.stderr
+
+
 # ---------------------------------------------------------------------------------------- the text
 
 

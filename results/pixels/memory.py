@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 
 
