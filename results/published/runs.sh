@@ -25,14 +25,14 @@ run() { # NAME UPDATES SCRIPT DATASET FLAGS...
             *) python results/collect_play.py "$4" --out "$folder" ;;
         esac
     fi
-    python "$3" --env "$4" --dataset "$folder/$4.npz" --seed 0 --offline-steps "$2" \
+    python "$3" --env "$4" --dataset "$folder/$4.npz" "${@:5}" --seed 0 --offline-steps "$2" \
         --eval-interval 25000 --eval-episodes 50 --compile \
-        --matmul-precision "${MATMUL_PRECISION:-high}" "${@:5}" --start-or-resume "$folder/$1"
+        --matmul-precision "${MATMUL_PRECISION:-high}" --start-or-resume "$folder/$1"
 }
 puzzle=(puzzle-3x3-play-v0 --sparse --horizon 5)
 scene=(scene-play-v0 --sparse --horizon 5)
 
-# 1: QC-FQL. Table 4 of Q-chunking has alpha = 300; with 100, ours leave 0% sooner (README.md).
+# 1: QC-FQL. Table 4 of Q-chunking has alpha = 300; with 100, ours learn sooner (README.md).
 for task in 1 2; do
     run puzzle-3x3-task$task-fql 100000 fql.py "${puzzle[@]}" --task $task --alpha 300
 done
