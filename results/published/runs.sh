@@ -5,8 +5,8 @@
 #     bash results/published/runs.sh FOLDER            # for data and runs
 #     bash results/published/runs.sh FOLDER NAME...    # these runs only
 #
-# OMP_NUM_THREADS=2 gives a run both cores of an otherwise idle machine. On a CPU with bfloat16
-# units, MATMUL_PRECISION=medium is up to 1.7 times as fast (results/speed).
+# OMP_NUM_THREADS=2 gives a run both cores of an otherwise idle machine. MATMUL_PRECISION=medium is
+# up to 1.7 times as fast on some CPUs (results/speed).
 set -eu
 folder=$(realpath -m "${1:?a folder for data and runs}")
 names=" ${*:2} "
