@@ -39,6 +39,8 @@ done
 for task in 1 2 3 4 5; do
     run puzzle-3x3-task$task-fql-alpha100 100000 fql.py "${puzzle[@]}" --task $task --alpha 100
 done
+# FQL without chunks, with alpha = 100 in the same table
+run puzzle-3x3-task1-fql-single 100000 fql.py puzzle-3x3-play-v0 --sparse --task 1 --alpha 100
 
 # 2: Q-Flow, lambda and aggregation by its paper's first table
 for task in 1 2 4; do
