@@ -203,6 +203,8 @@ def test_the_runs_of_the_script(tmp_path, monkeypatch):
         expected[f"puzzle-3x3-task{task}-fql"] = (PUZZLE, task, 100_000, 300.0, *chunks)
     for task in (1, 2, 3, 4, 5):
         expected[f"puzzle-3x3-task{task}-fql-alpha100"] = (PUZZLE, task, 100_000, 100.0, *chunks)
+    setting = (PUZZLE, 1, 100_000, 100.0, True, 1, 2, "mean", 0.0)
+    expected["puzzle-3x3-task1-fql-single"] = setting
     for task in (1, 2, 4):
         setting = (PUZZLE, task, 100_000, 20.0, True, 5, 2, "min", 0.0)
         expected[f"puzzle-3x3-task{task}-qflow"] = setting
