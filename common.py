@@ -689,10 +689,10 @@ def check_flags(args, positive, not_negative):
         raise UserError(f"--resume {args.resume}: has no checkpoint.pt; {hint}")
 
 
-def check_compiler():
-    """Raise UserError unless torch can compile on this machine."""
+def check_compiler(device):
+    """Raise UserError unless torch can compile for this device."""
     try:
-        torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.ones(8))
+        torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.ones(8, device=device))
     except Exception as error:  # of the compiler, its headers, the linker, the cache's folder
         reason = str(error).partition("\n")[0]
         hint = "it needs g++ (or another one, in CXX), Python's headers (python3-dev) and, if /tmp "
@@ -931,13 +931,12 @@ class Run:
         )
 
     def log(self, name, row):
-        """Append a row (column -> number or tensor, `step` first) to the CSV file `name`.
+        """Append a row (column -> number, `step` first) to the CSV file `name`.
 
         Columns are those of the file's first row: NaN stands for what a later row lacks, and what
         it has in addition is left out. Raises UserError if a loss is not finite.
         """
         path = self.folder / name
-        row = {key: x.item() if torch.is_tensor(x) else x for key, x in row.items()}
         with disk_errors(self.folder), open(path, "a+", newline="") as file:
             if name not in self.columns:
                 file.seek(0)

@@ -524,7 +524,8 @@ def train(args, dataset, env, eval_env, run):
         ends_phase = step in (args.offline_steps, last_step)
         evaluates = step % args.eval_interval == 0 or ends_phase
         if evaluates or step % args.log_interval == 0:
-            run.log("train.csv", dict(step=step, **metrics, steps_per_s=run.speed(step)))
+            numbers = {name: x.item() for name, x in metrics.items()}  # waits for the device
+            run.log("train.csv", dict(step=step, **numbers, steps_per_s=run.speed(step)))
 
         if evaluates:
             seed = args.seed + step
@@ -588,7 +589,7 @@ def main():
     device = choose_device(args.device)
     torch.set_float32_matmul_precision(args.matmul_precision)
     if args.compile:
-        common.check_compiler()
+        common.check_compiler(device)
     dataset, description = common.get_dataset(
         dataset_name, env_id, args.dataset, device, args.sparse
     )

@@ -259,7 +259,7 @@ def main():
     device = script.choose_device(args.device)
     torch.set_float32_matmul_precision(args.matmul_precision)
     if args.compile:
-        common.check_compiler()
+        common.check_compiler(device)
     with recover_environment(data) as env:
         dataset, description = to_dataset(data, env, device)
     if args.horizon > len(dataset):

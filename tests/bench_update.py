@@ -147,7 +147,7 @@ def main():
         torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
     torch.set_float32_matmul_precision(args.matmul_precision)
     if args.compile:
-        common.check_compiler()
+        common.check_compiler(device)
     chosen = {}
     for name in ("hidden", "batch_size", "flow_steps"):
         if getattr(args, name):

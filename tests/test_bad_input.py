@@ -465,6 +465,7 @@ sys.argv = sys.argv[1:]
 def broken(*args, **kwargs):
     raise RuntimeError("The NVIDIA driver on your system is too old (found version 12040).")
 torch.cuda.device_count = lambda: 1
+torch.cuda.is_available = lambda: False
 torch.cuda._lazy_init = broken
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

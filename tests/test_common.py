@@ -989,13 +989,13 @@ def test_the_reason_why_torch_cannot_compile_is_one_line(monkeypatch):
     monkeypatch.setattr(torch, "compile", Mock(return_value=compiled))
     words = "^--compile: torch cannot compile here: Python.h: No such file; it needs g\\+\\+"
     with pytest.raises(common.UserError, match=words) as error:
-        common.check_compiler()
+        common.check_compiler("cpu")
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
 def test_a_compiler_that_is_broken(tmp_path):
-    program = "import common; common.check_compiler(); print('it compiles')"
+    program = "import common; common.check_compiler('cpu'); print('it compiles')"
 
     def run(compiler, cache):
         env = {**os.environ, "CXX": compiler, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / cache)}

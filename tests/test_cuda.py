@@ -38,9 +38,11 @@ def flat(nets):
 
 
 @pytest.fixture(autouse=True)
-def float32_products():
-    """TF32 would round the products of matrices to three digits."""
+def float32_products(monkeypatch):
+    """TF32 would round products and convolutions to three digits. Nothing is compiled yet."""
     torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch._dynamo.reset()
 
 
 def assert_mostly_close(first, second):
@@ -135,6 +137,7 @@ def test_updates_on_pixels_are_those_of_the_cpu_and_never_wait(frames_on_host):
     assert (added < frames.nbytes) == frames_on_host
     assert dataset.observations.is_cuda and np.array_equal(dataset.observations.cpu(), frames)
     args = fql.Args(hidden=(16, 16), flow_steps=3, batch_size=16)
+    torch.manual_seed(0)
     nets = fql.Networks(dataset.obs_dim, 3, args)
     results = []
     for device in ("cpu", "cuda"):
@@ -150,7 +153,7 @@ def test_updates_on_pixels_are_those_of_the_cpu_and_never_wait(frames_on_host):
         batch = fql.augment(batch, offsets.to(device))
         metrics = fql.update(copied, optimizer, batch, noise, args)
         results.append(torch.stack([x.cpu() for x in metrics.values()]))
-    assert torch.allclose(*results, rtol=1e-2, atol=1e-3)  # convolutions may use TF32
+    assert torch.allclose(*results, rtol=1e-3, atol=1e-4)
 
     optimizer = fql.make_optimizer(copied, args)
     generator = torch.Generator("cuda").manual_seed(0)

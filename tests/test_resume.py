@@ -345,6 +345,24 @@ def test_nan_stops_within_a_log_interval(call, tmp_path):
     assert not (folder / "checkpoint.pt").exists() and not (folder / "eval.csv").exists()
 
 
+class Queued:
+    """A metric that the device computes only when it is asked for."""
+
+    def item(self):
+        time.sleep(0.1)
+        return 1.0
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_the_speed_counts_the_wait_for_the_device(script, call, tmp_path, monkeypatch):
+    name = "update_policy" if script == "flow_sac" else "update"
+    monkeypatch.setattr(MODULES[script], name, lambda *args: dict(policy_loss=Queued()))
+    flags = ["--offline-steps", 3, "--log-interval", 1, "--start-or-resume", tmp_path]
+    call(script, *FLAGS[script], *flags)
+    speeds = common.read_columns(tmp_path / "train.csv")["steps_per_s"]
+    assert len(speeds) == 3 and (speeds <= 10).all()
+
+
 def test_two_processes_never_write_one_run(call, copy_of):
     folder = copy_of("fql")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -77,7 +77,7 @@ def act(obs, nets, args, generator):
 
 
 def main(own: Args):
-    common.check_compiler()
+    common.check_compiler("cpu")
     torch.set_float32_matmul_precision(own.matmul_precision)
     args = fql.Args(env="puzzle-3x3-play-v0", task=own.task, sparse=True, horizon=5)
     args.hidden = own.hidden
