@@ -636,6 +636,18 @@ def test_a_puzzle_with_flipped_buttons_moves_as_the_puzzle_does(tmp_path, monkey
     assert [name for name, _ in rows] == ["all", "data", "flow", "best of flow"]
     assert rows[0][1] == rows[1][1]
 
+    # What the critic of a run says: Q-Flow's policy is its flow, FQL's is another network.
+    flags = f"--env puzzle-3x3-play-v0 --dataset {tmp_path}/new/out.npz --sparse --task 1"
+    flags += " --horizon 5 --hidden 8 8 --offline-steps 2 --eval-episodes 1 --start-or-resume"
+    for script in ("qflow.py", "fql.py"):
+        run = tmp_path / script
+        subprocess.run([sys.executable, ROOT / script, *flags.split(), run], check=True)
+        capsys.readouterr()
+        before_the_goal.main(run, tmp_path / "new/out.npz")
+        printed = capsys.readouterr().out
+        assert ("| best of policy |" in printed) == (script == "fql.py")
+        assert "| best of flow |" in printed
+
 
 @pytest.mark.slow
 def test_training_on_arrays_of_ones_own(tmp_path):

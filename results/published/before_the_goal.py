@@ -6,8 +6,8 @@ Prints which buttons the task switches and how often the data solve it. Then a r
 press (the buttons that it switches) and one for all: how often the data have it after 40 unsolved
 steps, and the mean Q of the chunks that start 3, 10, 20, 40 steps before. Above them, the Q of a
 policy that goes on like the data: minus the discounted number of steps to the goal. The second
-table has the Q of other chunks from the same states: of 64 samples of the policy and of the flow,
-their mean and the best of them.
+table has the Q of other chunks from the same states: of 64 samples of the flow (which is Q-Flow's
+policy) and of FQL's policy, their mean and the best of them.
 """
 
 import sys
@@ -20,6 +20,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import common  # noqa: E402
 import fql  # noqa: E402
+import qflow  # noqa: E402
 
 STEPS = (3, 10, 20, 40)
 SAMPLES = 64
@@ -96,10 +97,11 @@ def print_row(name, q):
 
 def main(run: tyro.conf.Positional[Path], dataset: tyro.conf.Positional[Path]):
     """run: a folder with a checkpoint; dataset: the npz file that it was trained on."""
-    nets, args = fql.load(run)
+    script = qflow if common.read_config(run)["script"] == "qflow.py" else fql
+    nets, args = script.load(run)
     _, _, env_id = common.resolve_task(args.env, args.task)
     data, _ = common.load_dataset(dataset, env_id, "cpu", args.sparse)
-    print_table(nets, args, data)
+    print_table(nets, args, data, with_policy=hasattr(nets, "one_step"))
 
 
 if __name__ == "__main__":
