@@ -76,7 +76,7 @@ class Args:
     policy: Literal["flow-t", "flow-g", "naive", "gaussian"] = "flow-t"
     """velocity network: decoded, gated or plain; gaussian: no flow, the baseline from scratch"""
     policy_width: int = 0
-    """width of its networks; 0: the authors', flow-t 96 (--critic sac: 128), others 512"""
+    """width of its networks; 0: 96 for flow-t (with --critic sac 128), 512 for the others"""
     critic: Literal["crossq", "sac"] = "crossq"
     """crossq: BatchRenorm and ReLU, no target; sac: LayerNorm, GELU, target networks (--tau)"""
     policy_lr: float = 3e-4
@@ -123,8 +123,9 @@ class Args:
     """high: TF32 on CUDA, float32 on CPUs; medium: may use bfloat16, faster on some AMD CPUs"""
 
 
-# The authors' settings from scratch are the defaults in Args; these are theirs for a dataset, which
-# they have for the cubes only. Locomotion needs no chunks. Pendulum's are our own, for a laptop.
+# The authors' settings from scratch are the defaults in Args; these are theirs for a dataset of
+# OGBench, which they have for the cubes only. Locomotion needs no chunks. Pendulum's are our own,
+# for a laptop.
 WITH_DATASET = dict(
     offline_steps=1_000_000,
     learning_starts=5_000,

@@ -93,7 +93,7 @@ class Args:
     lam: float = 1.0
     """lambda, strength of the regularisation towards the data: grad V has weight 1 / lambda"""
     time_dim: int = 64
-    """size of the value's Fourier embedding of flow time; 16 in the authors' newest code"""
+    """size of the value's Fourier embedding of flow time; the authors had 64, later 16 or none"""
     eval_interval: int = 100_000
     """updates between evaluations (the last update of a phase is always evaluated)"""
     eval_episodes: int = 50
