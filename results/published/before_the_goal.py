@@ -11,6 +11,7 @@ policy) and of FQL's policy, their mean and the best of them.
 """
 
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,7 @@ def main(run: tyro.conf.Positional[Path], dataset: tyro.conf.Positional[Path]):
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, float64 actions
     try:
         tyro.cli(main, description=__doc__)
     except common.UserError as error:
