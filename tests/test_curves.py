@@ -209,14 +209,14 @@ def test_the_runs_of_the_script(tmp_path, monkeypatch):
         setting = (PUZZLE, task, 100_000, 20.0, True, 5, 2, "min", 0.0)
         expected[f"puzzle-3x3-task{task}-qflow"] = setting
     for task in (2, 3):
-        expected[f"scene-task{task}-fql-alpha100"] = (SCENE, task, 100_000, 100.0, *chunks)
+        expected[f"scene-task{task}-fql"] = (SCENE, task, 100_000, 300.0, *chunks)
     setting = (ANTMAZE, 1, 100_000, 3.0, False, 1, 10, "mean", 0.5)
     expected["antmaze-large-task1-fql"] = setting
     assert list(runs.items()) == list(expected.items())  # in this order
 
     (tmp_path / "record.txt").unlink()
     environment["MATMUL_PRECISION"] = "medium"
-    command_of_one = [*command, "scene-task3-fql-alpha100"]
+    command_of_one = [*command, "scene-task3-fql"]
     subprocess.run(command_of_one, cwd=tmp_path, env=environment, check=True)
     collected, ran = (tmp_path / "record.txt").read_text().splitlines()
     assert f"{SCENE} --out" in collected

@@ -47,9 +47,9 @@ for task in 1 2 4; do
     run puzzle-3x3-task$task-qflow 100000 qflow.py "${puzzle[@]}" --task $task
 done
 
-# 3: QC-FQL
+# 3: QC-FQL, alpha by the same table
 for task in 2 3; do
-    run scene-task$task-fql-alpha100 100000 fql.py "${scene[@]}" --task $task --alpha 100
+    run scene-task$task-fql 100000 fql.py "${scene[@]}" --task $task --alpha 300
 done
 
 # 4: FQL in QAM's setting
