@@ -102,7 +102,12 @@ def settings(script, online):
     if name not in tables:
         return {}
     offline_table, online_table = tables[name]
-    return {**offline_table, **online_table} if online else offline_table
+    if not online:
+        return offline_table
+    merged = dict(offline_table)
+    for names, values in online_table.items():  # both tables may have the same key
+        merged[names] = {**merged.get(names, {}), **values}
+    return merged
 
 
 # ----------------------------------------------------------------------------------------- data
@@ -248,6 +253,9 @@ def main():
     args = script.parse_args()
     if args.task or args.dataset:
         raise common.UserError("--task and --dataset are for OGBench, not for Minari")
+    if cli.online and args.online_steps == 0:
+        hint = "give --online-steps behind --"
+        raise common.UserError(f"--online: {cli.script} has no settings for {args.env}; {hint}")
     data = load_data(args.env)
     has_score = data.storage.metadata.get("ref_max_score") is not None
     if has_score:

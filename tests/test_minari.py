@@ -321,6 +321,8 @@ def test_the_settings_of_d4rls_tasks():
         args = defaults("qflow.py", f"D4RL/antmaze/{maze}-v1")
         assert (args["lam"], args["time_dim"], args["q_agg"]) == (lam, 16, "mean")
         assert args["hidden"] == (256,) * 4
+        online = defaults("qflow.py", f"D4RL/antmaze/{maze}-v1", online=True)
+        assert online == {**args, "online_steps": 200_000}
     alphas = {
         "pen": (10_000, 10_000, 3_000),
         "door": (30_000, 30_000, 30_000),
