@@ -4,7 +4,7 @@
     python results/curves.py results/halfcheetah/*-seed* --mean --out returns.png
     python results/curves.py runs/* --published qc --method QC-FQL --out published.png
 
-With --mean, runs whose folders differ in -seedN only are one line, their mean, with the 95%
+With --mean, runs whose paths differ in -seedN only are one line, their mean, with the 95%
 bootstrap interval of the mean around it; a table of both is printed.
 
 With --published, the picture has a panel for each task of the runs: success by step, the published
@@ -43,21 +43,49 @@ BANDS = {
 }
 
 
+NO_RUNS = "none of the folders has an evaluated run (eval.csv)"
+
+
+def choose(flag, name, names, path):
+    """`name`, if it is one of `names`. Raises UserError."""
+    if name not in names:
+        closest = ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0))
+        raise common.UserError(f"{flag} {name}: not in {path}; closest: {closest}")
+    return name
+
+
 def read(folder, column):
-    """A column of eval.csv by step: {step: value}."""
+    """A column of eval.csv by step: {step: value}. Raises UserError."""
+    values = {}
     with open(folder / "eval.csv") as file:
-        return {int(row["step"]): float(row[column]) for row in csv.DictReader(file)}
+        for row in csv.DictReader(file):
+            choose("--column", column, row, file.name)
+            values[int(row["step"])] = float(row[column])
+    return values
 
 
 def draw_mean(axes, name, runs):
-    """The mean of the runs ({step: value} each) and its interval, at the steps that all have."""
+    """The mean of the runs ({step: value} each) and its interval, at the steps that all have.
+
+    Raises UserError.
+    """
     steps = sorted(set.intersection(*(set(run) for run in runs)))
+    if not steps:
+        raise common.UserError(f"--mean: the runs of {name} have no step in common")
     rows = np.array([summarise([run[step] for run in runs]) for step in steps])
     mean, low, high = rows.T
     axes.plot(steps, mean, ".-", label=f"{name} ({len(runs)} seeds)")
     axes.fill_between(steps, low, high, alpha=0.2)
     for step, (mean, low, high) in zip(steps, rows):
         print(f"| {name} | {step} | {mean:.4g} | {low:.4g} to {high:.4g} |")
+
+
+def save(figure, out):
+    """Write the picture. Raises UserError."""
+    try:
+        figure.savefig(out)
+    except (OSError, ValueError) as error:  # ValueError: of a file name's ending
+        raise common.UserError(f"--out {out}: {error}") from None
 
 
 # ------------------------------------------------------------------------ beside published curves
@@ -71,6 +99,8 @@ def short_name(task):
 def task_of(folder):
     """The short name of a run's task, with the number of a default task. Raises UserError."""
     args = common.read_config(folder)["args"]
+    if not common.is_dataset(args["env"]):
+        raise common.UserError(f"{folder}: its environment, {args['env']}, is not OGBench's")
     full_name, _, _ = common.resolve_task(args["env"], args["task"])
     name = short_name(full_name)
     if re.search(r"-task\d$", name):
@@ -80,14 +110,6 @@ def task_of(folder):
         if name.startswith(beginning):
             number = default
     return f"{name}-task{number}"
-
-
-def choose(flag, name, names, path):
-    """`name`, if it is one of `names`. Raises UserError."""
-    if name not in names:
-        closest = ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0))
-        raise common.UserError(f"{flag} {name}: not in {path}; closest: {closest}")
-    return name
 
 
 def read_published(path):
@@ -180,7 +202,7 @@ def compare(folders, out, published, task, method):
                 raise common.UserError(f"{folder}: its task {name} is not among those of --task")
             panels.setdefault(name, {})[folder] = read_success(folder)
     if not panels:
-        raise common.UserError("none of the folders has an evaluated run (eval.csv)")
+        raise common.UserError(NO_RUNS)
 
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
@@ -191,7 +213,7 @@ def compare(folders, out, published, task, method):
         published_here = {key: curves[name, key] for key in method}
         draw_panel(figure.add_subplot(rows, columns, number), name, published_here, runs, band)
         print_comparison(name, published_here, runs)
-    figure.savefig(out)
+    save(figure, out)
 
 
 # ------------------------------------------------------------------------------------------ main
@@ -220,14 +242,23 @@ def main(
     if published:
         compare(folders, out, published, task, method)
         return
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    groups = {}
+    if task or method:
+        raise common.UserError("--task and --method need --published")
+    groups = {}  # path, with --mean without its -seedN -> runs
     for folder in folders:
         if (folder / "eval.csv").is_file():
-            name = re.sub(r"-seed\d+$", "", folder.name) if mean else folder.name
-            groups.setdefault(name, []).append(read(folder, column))
-    for name, runs in groups.items():
+            path = folder.resolve()
+            if mean:
+                path = path.with_name(re.sub(r"-seed\d+$", "", path.name))
+            groups.setdefault(path, []).append(read(folder, column))
+    if not groups:
+        raise common.UserError(NO_RUNS)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    names = [path.name for path in groups]
+    for path, runs in groups.items():
+        is_unique = names.count(path.name) == 1
+        name = path.name if is_unique else f"{path.parent.name}/{path.name}"
         if mean:
             draw_mean(axes, name, runs)
         else:
@@ -237,7 +268,7 @@ def main(
     axes.set(xlabel="step", ylabel=column)
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(out)
+    save(figure, out)
 
 
 if __name__ == "__main__":

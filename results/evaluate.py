@@ -11,6 +11,7 @@ import importlib
 import math
 import sys
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -97,6 +98,19 @@ def record_video(script, policy, env, seed, path):
     print(f"three episodes, every eighth step: {path}")
 
 
+@contextmanager
+def rendering_errors():
+    """Turn what fails without a display or a renderer into a UserError."""
+    try:
+        yield
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise common.UserError(f"--video: cannot render ({error})") from None
+    except Exception as error:  # of MuJoCo, PyOpenGL and the drivers, a type each
+        hint = "without a display, set the environment variable MUJOCO_GL to egl"
+        packages = "which needs apt-get install libegl1 libgl1-mesa-dri"
+        raise common.UserError(f"--video: cannot render ({error}); {hint}, {packages}") from None
+
+
 def main():
     cli = tyro.cli(Args, description=__doc__)
     if cli.episodes < 1:
@@ -114,19 +128,18 @@ def main():
     if "environment" in config:  # of minari_data.py
         environment = import_script(config["environment"])
         print(config["dataset"])
+    if cli.video:
+        with rendering_errors():
+            import mujoco  # noqa: F401  here: it chooses how to render when it is imported
     with environment.make_env(args) as env:
         print_intervals(script.evaluate(policy, env, cli.episodes, cli.seed))
     if cli.video:
-        import mujoco  # here: it chooses how to render when it is imported, see common.make_env
-
-        try:
-            with environment.make_env(args, render_mode="rgb_array") as env:
-                record_video(script, policy, env, cli.seed, cli.run / "evaluation.gif")
-        except mujoco.FatalError as error:
-            hint = "without a display, set the environment variable MUJOCO_GL to egl"
-            raise common.UserError(f"--video: cannot render ({error}); {hint}") from None
-        except gymnasium.error.DependencyNotInstalled as error:
-            raise common.UserError(f"--video: cannot render ({error})") from None
+        with rendering_errors():
+            env = environment.make_env(args, render_mode="rgb_array")
+            env.reset(seed=0)
+            env.render()
+        with env:
+            record_video(script, policy, env, cli.seed, cli.run / "evaluation.gif")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python results/export_online.py runs/RUN online.npz
 
-The file holds the rewards and masks of the run's task instead of positions. `--dataset online.npz`
-trains on it for that task (after a run with --sparse, with --sparse again), and
-ogbench.load_dataset reads it.
+The file holds the rewards and masks of the run's task instead of positions, and
+ogbench.load_dataset reads it. If that is a task of OGBench, `--dataset online.npz` trains on it
+(after a run with --sparse, with --sparse again).
 """
 
 import sys

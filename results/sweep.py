@@ -152,6 +152,8 @@ def full_name(script, args):
     if common.is_dataset(args.env):
         name, _, _ = common.resolve_task(args.env, args.task)
         return name
+    if args.task:
+        raise common.UserError(f"--tasks {args.task}: --env {args.env} is not an OGBench dataset")
     script.make_env(args).close()
     return args.env
 

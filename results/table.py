@@ -38,7 +38,7 @@ import qflow  # noqa: E402
 # What a row of its own does not depend on: names, places, pace, rounding.
 IGNORED = (
     "env task dataset seed device eval_interval eval_episodes log_interval run_dir resume "
-    "start_or_resume track compile matmul_precision offline_steps online_steps"
+    "start_or_resume track compile matmul_precision device_data offline_steps online_steps"
 ).split()
 COLUMNS = "environment task method settings steps seeds score low high".split()
 
@@ -244,14 +244,18 @@ def main(
         print(f"| {' | '.join(cells)} |")
     if any(environment.startswith("D4RL/") for environment, *_ in groups):
         print(f"\n{minari_data.NOTE}")
+    if over_tasks:
+        print_over_tasks(groups)
     if out:
-        with open(out, "w", newline="") as file:
+        with common.disk_errors(out.parent), open(out, "w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(COLUMNS)
             writer.writerows(table)
-    if over_tasks:
-        print_over_tasks(groups)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    try:
+        tyro.cli(main, description=__doc__)
+    except common.UserError as error:
+        print(f"table.py: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -19,7 +19,9 @@ def main(run: tyro.conf.Positional[Path], target: tyro.conf.Positional[Path]):
     config = common.read_config(run)
     checkpoint = common.read_checkpoint(run)
     config["args"]["run_dir"] = "runs"  # not where it was trained
-    target.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        raise common.UserError(f"{target}: exists already; remove it or choose another folder")
+    target.mkdir(parents=True)
     (target / "config.json").write_text(json.dumps(config, indent=2))
     path = target / "checkpoint.pt"
     torch.save({name: checkpoint[name] for name in ("step", "sizes", "nets")}, path)

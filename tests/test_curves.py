@@ -11,6 +11,7 @@ from pathlib import Path
 import gymnasium
 import pytest
 import tyro
+from matplotlib.axes import Axes
 from PIL import Image
 
 import common
@@ -48,7 +49,7 @@ def call(tmp_path, capsys):
 
     def run(*words):
         out = tmp_path / "out.png"
-        tyro.cli(curves.main, args=[*map(str, words), "--out", str(out)])
+        tyro.cli(curves.main, args=["--out", str(out), *map(str, words)])
         lines = capsys.readouterr().out.splitlines()
         return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
@@ -141,6 +142,11 @@ def test_the_default_task_is_ogbenchs(make_run, name):
             "RUN: its task puzzle-3x3-play-task1 is not among those of --task",
         ),
         ("--published qc --method FQL", "^none of the folders has an evaluated run"),
+        ("--column success RUNS", "^none of the folders has an evaluated run"),
+        ("--column sucess RUN", "^--column sucess: not in .*RUN/eval.csv; closest: success"),
+        ("--method FQL RUN", "^--task and --method need --published"),
+        ("RUN --out RUN/no/out.png", "^--out .*RUN/no/out.png: .*No such file or directory"),
+        ("RUN --out RUN/out.pgn", "^--out .*RUN/out.pgn: Format 'pgn' is not supported"),
     ],
 )
 def test_a_mistake_is_named_in_one_line(call, make_run, words, message):
@@ -155,6 +161,27 @@ def test_a_run_of_another_environment(call, make_run):
     message = "RUN: pointmaze-medium-navigate-task1: not in .*; closest: "
     with pytest.raises(common.UserError, match=message):
         call("--published", "qc", "--method", "FQL", run)
+    run = make_run("RUN2", 0, {100_000: 0.5}, env="Hopper-v5")
+    with pytest.raises(common.UserError, match="RUN2: its environment, Hopper-v5, is not OGBench"):
+        call("--published", "qc", "--method", "FQL", run)
+
+
+def test_folders_of_the_same_name_are_lines_of_their_own(call, make_run, tmp_path, monkeypatch):
+    for environment, success in (("hopper", 0.2), ("ant", 0.6)):
+        (tmp_path / environment).mkdir()
+        for seed in (0, 1):
+            make_run(f"{environment}/a-seed{seed}", 1, {100: success + 0.1 * seed})
+    drawn = {}
+    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, *_, label: drawn.update({label: [*y]}))
+    call("--column", "success", *sorted(tmp_path.glob("*/a-seed0")))
+    assert drawn == {"ant/a-seed0": [0.6], "hopper/a-seed0": [0.2]}
+    rows = call("--column", "success", "--mean", *sorted(tmp_path.glob("*/a-seed*")))
+    assert [row[:3] for row in rows] == [["ant/a", "100", "0.65"], ["hopper/a", "100", "0.25"]]
+
+    make_run("other-seed1", 1, {300: 0.5})
+    make_run("other-seed0", 1, {200: 0.5})
+    with pytest.raises(common.UserError, match="^--mean: the runs of other have no step in common"):
+        call("--mean", *tmp_path.glob("other-seed*"))
 
 
 # ----------------------------------------------------------------------- the runs beside the curves

@@ -210,6 +210,12 @@ def test_a_video_has_every_eighth_step_of_three_episodes(tmp_path, capsys):
     assert str(path) in capsys.readouterr().out
 
 
+def test_mujoco_may_fail_when_it_is_imported(call, monkeypatch):  # MUJOCO_GL=egl without EGL
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    with pytest.raises(common.UserError, match="--video: cannot render .* libegl1 libgl1-mesa-dri"):
+        call(RUN, "--episodes", 1, "--video")
+
+
 @pytest.mark.slow
 def test_where_nothing_can_be_rendered_the_numbers_come_all_the_same(run):
     result = start(run, "--episodes", 1, "--video", MUJOCO_GL="glfw")

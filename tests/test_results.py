@@ -580,6 +580,8 @@ def test_weights_and_settings_are_what_is_copied(tmp_path):
         "checkpoint.pt",
         "config.json",
     ]
+    with pytest.raises(common.UserError, match="copy: exists already; remove it or choose another"):
+        weights_only.main(run, tmp_path / "copy")
 
 
 @pytest.mark.parametrize(

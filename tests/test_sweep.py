@@ -133,6 +133,10 @@ def test_a_run_with_other_settings_is_not_continued(sweep_jobs, tmp_path):
         (["--scripts", SCRIPTS[0], SCRIPTS[1], SCRIPTS[0]], "two jobs of this name"),
         (["--scripts", "no.py"], "--scripts no.py: no such file"),
         (["--scripts", flow_sac.__file__, "--envs", "Hoper-v5"], "Environment `Hoper` doesn't"),
+        (
+            ["--scripts", flow_sac.__file__, "--envs", "Hopper-v5", "--tasks", "1", "2"],
+            "--tasks 1: --env Hopper-v5 is not an OGBench dataset",
+        ),
         (["--cpus", "0"], "--cpus 0: must be positive"),
         (["--gpus", "-1"], "--gpus -1: must be at least 0"),
         (["--", "--seed", "3"], "--seed: use --seeds, before --"),

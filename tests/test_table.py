@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import common
 import flow_sac
 import fql
 import qflow
@@ -129,6 +130,18 @@ def test_a_copy_of_a_script_has_rows_of_its_own(runs, make_table):
         ("qflow_mine", "tau=0.5, width=7", 30),
         ("mine", "alpha=3.0", 40),
     }
+
+
+def test_where_frames_are_kept_is_not_a_setting_of_a_row():
+    args = dict(vars(fql.Args()), env="cube-triple-play-v0")
+    assert table.changed_settings(args, fql, False) == ""
+    assert table.changed_settings({**args, "device_data": "cpu"}, fql, False) == ""
+    assert table.changed_settings({**args, "alpha": 3.0}, fql, False) == "alpha=3.0"
+
+
+def test_a_table_that_cannot_be_written(tmp_path):
+    with pytest.raises(common.UserError, match="no: cannot write there: .*table.csv"):
+        table.main((), tmp_path / "no/table.csv")
 
 
 def test_a_row_with_several_datasets_is_named(runs, make_table):
