@@ -15,12 +15,14 @@ the distribution of every x_i, and the log-density of the whole path replaces lo
 
     x_{i+1} = x_i + (v + sigma^2 / 2 * score) dt + sigma sqrt(dt) eps,  score = (t v - x) / (1 - t)
 
-The drift is exact for the v of flow matching; for a v that SAC trains it is a heuristic.
+with dt = 1 / K, eps ~ N(0, I) and sigma(s, t) a network (with an OGBench dataset, a constant). The
+drift is exact for the v of flow matching; for a v that SAC trains it is a heuristic.
 
 With an OGBench dataset, training begins offline. Each offline step makes two updates on one batch:
 TD and flow matching, then TD and the policy's loss. Each online step makes the second kind only. In
-both phases the policy's loss has a behaviour term, beta * mean (a - a_data)^2, and no entropy: the
-noise is fixed, and its density, nearly a constant, would pay for not solving the task.
+both phases the policy's loss has a behaviour term, beta * mean (a - a_data)^2, and unlike the
+authors' no entropy: the noise is fixed, so log pi is nearly a constant, which in the TD target
+would reward or punish every step until the task is solved.
 
 Zhang et al.: SAC Flow, ICLR 2026, https://arxiv.org/abs/2509.25756
 Critics without target networks: Bhatt et al., CrossQ, ICLR 2024, https://arxiv.org/abs/1902.05605
@@ -70,7 +72,7 @@ class Args:
     online_steps: int = 1_000_000
     """number of steps in the environment after that"""
     learning_starts: int = 50_000
-    """online steps before updates begin, one a step; without a dataset, with uniform actions"""
+    """online steps before updates begin; without a dataset, their actions are uniform"""
     batch_size: int = 512
     """transitions (or chunks) per update"""
     policy: Literal["flow-t", "flow-g", "naive", "gaussian"] = "flow-t"
@@ -78,13 +80,13 @@ class Args:
     policy_width: int = 0
     """width of its networks; 0: 96 for flow-t (with --critic sac 128), 512 for the others"""
     critic: Literal["crossq", "sac"] = "crossq"
-    """crossq: BatchRenorm and ReLU, no target; sac: LayerNorm, GELU, target networks (--tau)"""
+    """crossq: BatchRenorm (policy too), ReLU, no target; sac: LayerNorm, GELU, target (--tau)"""
     policy_lr: float = 3e-4
     """learning rate of the policy's Adam"""
     q_lr: float = 1e-3
     """learning rate of the critics' and the temperature's Adam"""
     policy_frequency: int = 3
-    """updates of the critics per update of policy and temperature"""
+    """online, updates of the critics per update of policy and temperature"""
     discount: float = 0.99
     """discount per environment step"""
     tau: float = 0.005
@@ -102,7 +104,7 @@ class Args:
     noise_std: float = 0.0
     """standard deviation of a flow step's noise, without entropy; 0: sigma is learned"""
     target_entropy: float = 0.0
-    """path entropy that the temperature is tuned to; for gaussian, 0 stands for SAC's -A"""
+    """path entropy that the temperature is tuned to; for gaussian, 0 stands for SAC's -A (-h A)"""
     eval_interval: int = 20_000
     """steps between evaluations (the last step of a phase is always evaluated)"""
     eval_episodes: int = 50
@@ -124,8 +126,8 @@ class Args:
 
 
 # The authors' settings from scratch are the defaults in Args; these are theirs for a dataset of
-# OGBench, which they have for the cubes only. Locomotion needs no chunks. Pendulum's are our own,
-# for a laptop.
+# OGBench (but for the noise when acting, 0.02), which they have for cube-double, -triple and
+# -quadruple. Locomotion needs no chunks. Pendulum's are our own, for a laptop.
 WITH_DATASET = dict(
     offline_steps=1_000_000,
     learning_starts=5_000,
@@ -390,7 +392,7 @@ class Policy(nn.Module):
         super().__init__()
         width = args.policy_width
         if width == 0 and args.policy == "flow-t":
-            width = 96 if args.critic == "crossq" else 128
+            width = 96 if args.critic == "crossq" else 128  # the authors': from scratch, with data
         elif width == 0:
             width = 512
         self.obs_norm = BatchRenorm(1, obs_dim) if args.critic == "crossq" else nn.Identity()
@@ -403,6 +405,7 @@ class Policy(nn.Module):
         else:
             self.velocity = Gaussian(obs_dim, action_dim, width)
         if args.noise_std > 0:
+            # A step's noise has std sigma sqrt(dt), dt = 1 / K.
             fixed = math.log(args.noise_std * math.sqrt(args.flow_steps))
             self.log_sigma = lambda obs, t: torch.full_like(t, fixed)
         elif args.policy != "gaussian":
@@ -434,14 +437,15 @@ def rollout(velocity, log_sigma, obs, x, eps):
     """
     dt = 1 / len(eps)
     log_prob = -0.5 * (x**2 + math.log(2 * math.pi)).sum(-1)
-    for i, noise in enumerate(eps):
+    for i, eps_i in enumerate(eps):
         t = torch.full_like(x[:, :1], i * dt)
         v = velocity(obs, x, t)
-        log_std = log_sigma(obs, t)
+        log_sigma_i = log_sigma(obs, t)
+        sigma = log_sigma_i.exp()
         score = (t * v - x) / (1 - t)
-        drift = v + 0.5 * (2 * log_std).exp() * score
-        x = x + drift * dt + log_std.exp() * math.sqrt(dt) * noise
-        log_density = -log_std - 0.5 * (noise**2 + math.log(2 * math.pi * dt))  # of x_{i+1}
+        drift = v + 0.5 * sigma**2 * score
+        x = x + drift * dt + sigma * math.sqrt(dt) * eps_i
+        log_density = -log_sigma_i - 0.5 * (eps_i**2 + math.log(2 * math.pi * dt))  # of x_{i+1}
         log_prob = log_prob + log_density.sum(-1)
     return x, log_prob
 
@@ -449,8 +453,9 @@ def rollout(velocity, log_sigma, obs, x, eps):
 def sample_with_log_prob(policy, obs, x0, eps):
     """The stochastic policy: actions (B, h * A) in [-1, 1] and the log-density of their path (B,).
 
-    The path's entropy is at most 1.42 + K (1.42 - log(K) / 2) per action dimension. A Gaussian is a
-    path of one step, to which x_0 contributes nothing.
+    With a learned sigma, the path's entropy is at most 1.42 + K (1.42 - log(K) / 2) per action
+    dimension, and the temperature grows without end if --target-entropy is above that, as 0 is from
+    K = 20 on. A Gaussian is a path of one step, to which x_0 contributes nothing.
     """
     obs = policy.obs_norm(obs)
     if isinstance(policy.velocity, Gaussian):
@@ -545,7 +550,11 @@ def critic_loss(nets, batch, x0, eps, args):
 
 
 def flow_loss(nets, batch, x0, t):
-    """Flow matching on the dataset's actions; in a chunk, on those before the episode's end."""
+    """Flow matching on the dataset's actions; in a chunk, on those before the episode's end.
+
+    As in the authors' scripts, x_1 is the action itself, although the policy acts tanh(x_K); the
+    behaviour term of `policy_loss` compares the actions after tanh.
+    """
     xt = (1 - t) * x0 + t * batch.actions
     obs = nets.policy.obs_norm(batch.observations)
     error = nets.policy.velocity(obs, xt, t) - (batch.actions - x0)
@@ -591,7 +600,7 @@ class Optimizers(NamedTuple):
 
 
 def make_optimizers(nets, args):
-    """CrossQ uses the short memory of beta_1 = 0.5 for all of them."""
+    """With crossq, all three have its short memory, beta_1 = 0.5."""
     betas = (0.5 if args.critic == "crossq" else 0.9, 0.999)
     on_cuda = nets.log_temperature.is_cuda
 
@@ -643,7 +652,7 @@ def update_policy(nets, optimizers, batch, noise, args, loss_fn=policy_loss):
     if args.noise_std == 0:
         target = args.target_entropy
         if args.policy == "gaussian" and target == 0:
-            target = -nets.sizes[1]  # minus the number of actions, the convention of SAC
+            target = -nets.sizes[1]  # minus the dimension of a chunk, h * A: SAC's convention
         temperature = nets.log_temperature.exp()
         metrics["temperature"] = temperature
         temperature_loss = temperature * (metrics["entropy"].detach() - target)
@@ -743,7 +752,7 @@ def train(args, dataset, env, eval_env, run):
     if args.compile:
         losses = tuple(torch.compile(loss, fullgraph=True) for loss in losses)
 
-    step = 0  # offline, updates; online, steps in the environment
+    step = 0  # offline, batches, with two updates each; online, steps in the environment
     starts_uniform = len(dataset) == 0
     metrics = {}  # of the last updates in this phase
     last_step = args.offline_steps + args.online_steps
@@ -882,7 +891,7 @@ def check_args(args):
         "task seed offline_steps online_steps learning_starts policy_width bc_weight noise_std"
     )
     common.check_flags(args, positive, not_negative)
-    if args.offline_steps == 0 and args.learning_starts >= args.online_steps:
+    if args.online_steps > 0 and args.learning_starts >= args.online_steps:
         raise common.UserError(
             f"--learning-starts {args.learning_starts}: must be below --online-steps"
         )
@@ -928,8 +937,10 @@ def main():
     dataset, description = get_dataset(args, env, device)
     if 0 < len(dataset) < args.horizon:
         raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")
-    if common.is_dataset(args.env) and not args.env.startswith("cube-"):
-        print(f"--env {args.env} has no tuned settings: these are the cubes'")
+    tuned = "cube-(double|triple|quadruple)-play"
+    if common.is_dataset(args.env) and not re.match(tuned, args.env):
+        chunks = "" if args.horizon > 1 else ", but without chunks"
+        print(f"--env {args.env} has no tuned settings: these are cube-double's{chunks}")
     with common.start_run(__file__, name, args, description, device) as run:
         train(args, dataset, env, eval_env, run)
 

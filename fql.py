@@ -27,12 +27,16 @@ Park, Li, Levine: Flow Q-Learning, ICML 2025, https://arxiv.org/abs/2502.02538
     python fql.py --env visual-cube-single-play-singletask-task1-v0    # on pixels
     python fql.py --resume RUN --online-steps 200000  # a finished run, now online
 
-Q-Flow's second table uses --num-critics 10 --q-agg mean --rho 0.5 (humanoidmaze: 0); for cube,
-scene and puzzle --horizon 5; for scene and puzzle --sparse. There, QAM's authors use other alphas:
-antmaze 3, humanoidmaze 30, cube-double 300, cube-triple 30, cube-quadruple 100, scene 300,
-puzzle-3x3 300, puzzle-4x4 1. QC-FQL is --horizon 5 --q-agg mean, with alpha 300 for cube-double,
-scene and puzzle-3x3 (these two --sparse), 100 for cube-triple and -quadruple. With --online-steps,
-FQL's authors use alpha 100 for humanoidmaze-medium and 30 for antsoccer-arena.
+QAM (https://arxiv.org/abs/2601.14234) compares with FQL with --num-critics 10 --q-agg mean, --rho
+0.5 (humanoidmaze: 0), for cube, scene and puzzle --horizon 5, for scene and puzzle --sparse, and
+other alphas: antmaze 3, humanoidmaze 30, cube-double 300, cube-triple 30, cube-quadruple 100,
+scene 300, puzzle-3x3 300, puzzle-4x4 1. Q-Flow's second table is in this setting.
+
+Q-chunking's QC-FQL is --horizon 5 --q-agg mean, with alpha 300 for cube-double and, with --sparse,
+for scene and puzzle-3x3, with alpha 100 for cube-triple and -quadruple.
+
+For runs that go online, FQL's authors use alpha 100 for humanoidmaze-medium and 30 for
+antsoccer-arena, already in the offline phase.
 """
 
 import copy
@@ -274,9 +278,12 @@ def rollout(velocity, obs, x, t, flow_steps):
     return x.clamp(-1, 1)
 
 
-def sample_actions(nets, obs, x0, args):
-    """The policy: noise x_0 ~ N(0, I) to actions in [-1, 1]. (B, O), (B, h * A) -> (B, h * A)."""
-    return nets.one_step(obs, x0).clamp(-1, 1)
+def sample_actions(nets, obs, z, args):
+    """The policy: noise z ~ N(0, I) to actions in [-1, 1]. (B, O), (B, h * A) -> (B, h * A).
+
+    args: unused, as qflow.py's has it.
+    """
+    return nets.one_step(obs, z).clamp(-1, 1)
 
 
 # --------------------------------------------------------------------------------------- losses

@@ -127,6 +127,11 @@ WRONG = [  # script, flags, words of the message
     ("flow_sac", "--env HalfCheeta-v5", "Did you mean: `HalfCheetah`"),
     ("flow_sac", "--env CartPole-v1", "--env CartPole-v1: requires bounded actions"),
     ("flow_sac", "--online-steps 500", "--learning-starts 1000: must be below --online-steps"),
+    (
+        "flow_sac",
+        f"--env {NAME} --online-steps 5000",
+        "--learning-starts 5000: must be below --online-steps",
+    ),
     ("flow_sac", "--learning-starts 2 --horizon 5", "--learning-starts 2: a chunk has 5 steps"),
     ("flow_sac", "--policy-width 3", "--policy-width 3: must be 0 or at least 4"),
     ("flow_sac", "--policy gaussian --noise-std 0.1", "--policy gaussian: needs --noise-std 0"),
