@@ -43,6 +43,10 @@ class UserError(Exception):
     """An error the user can fix; the scripts show its message without a traceback."""
 
 
+class Diverged(UserError):
+    """A loss or a weight is not finite: resuming the run would repeat it."""
+
+
 # ---------------------------------------------------------------------------------------- names
 
 
@@ -409,6 +413,8 @@ def read_ogbench_file(path, ob_dtype=np.float32):
         data = ogbench.load_dataset(path, ob_dtype, compact_dataset=True, add_info=True)
         if ob_dtype == np.uint8 and data["observations"].max() <= 1:
             raise ValueError("frames must have numbers from 0 to 255")
+    except KeyError as error:
+        raise UserError(f"{path}: not a usable dataset: has no {error}") from None
     except Exception as error:  # NumPy, zipfile and OGBench raise a dozen types
         raise UserError(f"{path}: not a usable dataset: {error}") from None
     if "qpos" not in data:
@@ -458,7 +464,9 @@ def load_dataset(path, env_id, device, sparse=False, frames_on_host=False):
                 device=device,
                 frames_on_host=frames_on_host,
             )
-        except (ValueError, IndexError, KeyError) as error:
+        except KeyError as error:
+            raise UserError(f"{path}: not a usable dataset: has no {error}") from None
+        except (ValueError, IndexError) as error:
             raise UserError(f"{path}: not a usable dataset: {error}") from None
     return dataset, source
 
@@ -470,6 +478,9 @@ def get_dataset(name, env_id, source="", device="cpu", sparse=False, frames_on_h
     file in `data_folder()`; for pointmaze-*-navigate, one collected here; a download of the
     official file. frames_on_host: as for Dataset.
     """
+    stem = Path(source.partition("?")[0]).stem
+    if is_dataset(stem) and stem.split("-")[:-2] != name.split("-")[:-2]:
+        raise UserError(f"--dataset {source}: is of another environment than {name}")
     folder = data_folder()
     path = folder / f"{name}.npz"
     if source.startswith(("http://", "https://")):
@@ -485,7 +496,8 @@ def get_dataset(name, env_id, source="", device="cpu", sparse=False, frames_on_h
         make_once(path, lambda: collect_pointmaze(name, path))
     else:
         hosts = (ogbench.utils.DATASET_URL, MIRROR)
-        make_once(path, lambda: download([f"{host}/{name}.npz" for host in hosts], path))
+        urls = [f"{host}/{name}.npz" for host in hosts]
+        make_once(path, lambda: download(urls, path, ways_out(path)))
     dataset, origin = load_dataset(path, env_id, device, sparse, frames_on_host)
     counts = f"{len(dataset)} transitions, {dataset.num_episodes} episodes"
     description = f"{counts}, {origin or 'no source stated, as in OGBench files'}"
@@ -544,8 +556,25 @@ def write_dataset(path, source, data):
     write_file(path, file.getbuffer())
 
 
-def download(urls, path):
-    """Fetch an npz file to `path` from the first of these URLs that works. Raises UserError."""
+def ways_out(path):
+    """What a user can do if the official file at `path` cannot be downloaded."""
+    ways = [f"put {path.name} into {path.parent} by hand", "name a file or a URL with --dataset"]
+    tool = None
+    if re.match("antmaze-.*-navigate-", path.name):
+        tool = "collect_antmaze.py"
+    elif re.match("(visual-)?(cube|scene|puzzle).*-play-", path.name):
+        tool = "collect_play.py"
+    if tool:
+        command = f"python results/{tool} {path.stem}"
+        ways.append(f"collect one: {command}, then --dataset {path.name}")
+    return "\nWays out:\n  " + ";\n  ".join(ways)
+
+
+def download(urls, path, hint=""):
+    """Fetch an npz file to `path` from the first of these URLs that works.
+
+    hint: the end of the message where none does. Raises UserError.
+    """
     temporary = path.with_name(f".{path.name}.part")
     failures = []
     for url in urls:
@@ -570,13 +599,7 @@ def download(urls, path):
             raise UserError(f"{path.parent}: cannot write there: {error}") from None
         finally:
             temporary.unlink(missing_ok=True)
-    raise UserError(
-        "\n  ".join(failures)
-        + f"\nThree ways out:\n  put {path.name} into {path.parent} by hand;"
-        + "\n  name a file or a URL with --dataset;"
-        + f"\n  collect one: python results/collect_antmaze.py {path.stem}"
-        + " (mazes of the ant), or results/collect_play.py (cube, scene, puzzle)"
-    )
+    raise UserError("\n  ".join(failures) + hint)
 
 
 def is_complete(path):
@@ -864,7 +887,8 @@ class Run:
     def __exit__(self, error_type, error, traceback):
         if self.bar:
             self.bar.close()
-            if error and (self.folder / "checkpoint.pt").exists():
+            can_resume = (self.folder / "checkpoint.pt").exists() and error_type is not Diverged
+            if error and can_resume:
                 print(f"stopped; resume with --resume {self.folder}", file=sys.stderr)
         if self.wandb:
             self.wandb.finish(exit_code=1 if error else 0)
@@ -892,8 +916,9 @@ class Run:
             # A checkpoint follows each evaluation.
             hint = "remove its CSV files to start it again"
             raise UserError(f"{self.folder}: its checkpoint.pt was removed; {hint}")
-        for path in self.folder.glob("*.csv"):
-            cut_rows(path, checkpoint["step"] if checkpoint else -1)
+        for name in ("train.csv", "eval.csv", "episodes.csv"):
+            if (self.folder / name).exists():
+                cut_rows(self.folder / name, checkpoint["step"] if checkpoint else -1)
         if self.track:
             self.wandb = start_wandb(self.folder, self.config, wandb_id)
             wandb_id = self.wandb.id
@@ -952,13 +977,15 @@ class Run:
                 lineterminator="\n",
             )
             writer.writerow(row)
+            file.flush()
+            os.fsync(file.fileno())  # before the checkpoint that follows this row
         if self.wandb:
             section = name.removesuffix(".csv")
             self.wandb.log({f"{section}/{key}": x for key, x in row.items()}, step=row["step"])
         for key, value in row.items():
             if key.endswith("_loss") and not np.isfinite(value):
                 hint = "start a new run with a lower learning rate"
-                raise UserError(f"step {row['step']}: {key} is {value}; {hint}")
+                raise Diverged(f"step {row['step']}: {key} is {value}; {hint}")
             is_score = name == "eval.csv" and key in ("success", "return") and not np.isnan(value)
             if key.endswith("_loss") or is_score:
                 self.shown[key.removesuffix("_loss")] = f"{value:.3g}"
@@ -974,7 +1001,7 @@ class Run:
         for name, tensor in state["nets"].items():
             if not tensor.isfinite().all():
                 hint = "start a new run with a lower learning rate"
-                raise UserError(f"step {state['step']}: {name} is not finite; {hint}")
+                raise Diverged(f"step {state['step']}: {name} is not finite; {hint}")
         file = io.BytesIO()
         torch.save(state, file)
         write_file(self.folder / "checkpoint.pt", file.getbuffer())

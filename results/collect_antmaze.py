@@ -99,6 +99,13 @@ def main():
         sys.exit(f"{args.name}: MAZE is medium, large, giant or teleport")
     if args.transitions < 1:
         sys.exit(f"--transitions {args.transitions}: must be positive")
+    if args.seed < 0:
+        sys.exit(f"--seed {args.seed}: must be at least 0")
+    path = args.out / f"{args.name}.npz"
+    if path.exists():
+        sys.exit(f"{path}: exists already")
+    with common.disk_errors(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     steps = 2001 if "giant" in args.name else 1001
     env_id = args.name.replace("-navigate", "")
     num_parts = max(1, math.ceil(args.transitions / (PART * (steps - 1))))
@@ -109,10 +116,11 @@ def main():
     for key in parts[0]:
         data[key] = np.concatenate([part[key] for part in parts])
     source = f"collected by OGBench's protocol, {num_parts * PART} episodes, seed {args.seed}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.name}.npz"
     common.write_dataset(path, f"{source}; not the official file", data)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except common.UserError as error:
+        sys.exit(f"collect_antmaze.py: error: {error}")

@@ -132,6 +132,13 @@ def main():
         sys.exit(f"{args.name}: must be one of {NAMES}, with -play-v0 and perhaps visual-")
     if args.episodes < 1:
         sys.exit(f"--episodes {args.episodes}: must be positive")
+    if args.seed < 0:
+        sys.exit(f"--seed {args.seed}: must be at least 0")
+    path = args.out / f"{args.name}.npz"
+    if path.exists():
+        sys.exit(f"{path}: exists already")
+    with common.disk_errors(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     env_id = args.name.replace("-play", "")
     jobs = [(env_id, [args.seed, episode]) for episode in range(args.episodes)]
     with multiprocessing.Pool(num_cores(), common.leave_signals_to_main) as pool:
@@ -141,11 +148,12 @@ def main():
     for name in episodes[0]:
         data[name] = np.concatenate([episode[name] for episode in episodes])
     source = f"collected by OGBench's protocol, {args.episodes} episodes, seed {args.seed}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{args.name}.npz"
     common.write_dataset(path, f"{source}; not the official file", data)
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, float64 spaces
-    main()
+    try:
+        main()
+    except common.UserError as error:
+        sys.exit(f"collect_play.py: error: {error}")

@@ -11,7 +11,7 @@ import importlib
 import math
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -103,6 +103,8 @@ def rendering_errors():
     """Turn what fails without a display or a renderer into a UserError."""
     try:
         yield
+    except common.UserError:
+        raise
     except gymnasium.error.DependencyNotInstalled as error:
         raise common.UserError(f"--video: cannot render ({error})") from None
     except Exception as error:  # of MuJoCo, PyOpenGL and the drivers, a type each
@@ -128,10 +130,10 @@ def main():
     if "environment" in config:  # of minari_data.py
         environment = import_script(config["environment"])
         print(config["dataset"])
-    if cli.video:
-        with rendering_errors():
-            import mujoco  # noqa: F401  here: it chooses how to render when it is imported
-    with environment.make_env(args) as env:
+    # MUJOCO_GL chooses a renderer when MuJoCo is imported, even if nothing is rendered.
+    with rendering_errors() if cli.video else nullcontext():
+        env = environment.make_env(args)
+    with env:
         print_intervals(script.evaluate(policy, env, cli.episodes, cli.seed))
     if cli.video:
         with rendering_errors():

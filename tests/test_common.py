@@ -540,6 +540,27 @@ def test_a_file_with_rewards_can_be_made_sparse(collected, tmp_path):
         assert torch.equal(dataset.masks, -dataset.rewards)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "data/pointmaze-large-navigate-v0.npz",
+        "pointmaze-large-stitch-v0.npz",
+        "https://host/antmaze-medium-navigate-v0.npz?download=true",
+    ],
+)
+def test_the_file_of_another_environment_is_refused(source):
+    message = f"^--dataset {re.escape(source)}: is of another environment than {NAME}"
+    with pytest.raises(common.UserError, match=message):
+        common.get_dataset(NAME, ENV_ID, source)
+
+
+def test_the_file_of_another_kind_is_not_refused(collected, tmp_path):
+    path = tmp_path / "pointmaze-medium-stitch-v0.npz"
+    path.write_bytes(collected.read_bytes())
+    dataset, _ = common.get_dataset(NAME, ENV_ID, str(path))
+    assert len(dataset) > 0
+
+
 def test_files_that_are_damaged_or_something_else(collected, tmp_path):
     path = tmp_path / "data.npz"
     assert "No such file" in load_error(path)
@@ -635,7 +656,7 @@ def test_sources_are_tried_in_order(collected, tmp_path, monkeypatch):
     assert not download.called
     with pytest.raises(common.UserError, match="no network"):  # only navigate data are collected
         common.get_dataset(stitch, stitch_env)
-    urls, path = download.call_args.args
+    urls, path, _ = download.call_args.args
     assert urls == [
         "https://rail.eecs.berkeley.edu/datasets/ogbench/pointmaze-medium-stitch-v0.npz",
         f"{common.MIRROR}/pointmaze-medium-stitch-v0.npz",
@@ -766,7 +787,8 @@ def test_rows_are_cut_at_the_checkpoint(tmp_path):
         log_row(run, 5)
         run.log("episodes.csv", {"step": 4, "return": -3.0, "success": 1.0})
         run.save(step=5, nets=nets, generator=None)
-        names = ("train.csv", "eval.csv", "episodes.csv")
+        (run.folder / "best_of_n.csv").write_text("policy,success\nflow,0.5\n")  # not its own
+        names = ("train.csv", "eval.csv", "episodes.csv", "best_of_n.csv")
         as_saved = {name: (run.folder / name).read_bytes() for name in names}
         log_row(run, 6)  # after the checkpoint: will come again
         log_row(run, 10)
@@ -938,6 +960,17 @@ def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     nets.bias.data[1] = float("nan")
     with pytest.raises(common.UserError, match="step 9: bias is not finite"):
         run.save(step=9, nets=nets.state_dict())
+
+
+@pytest.mark.parametrize(
+    "error, can_resume", [(common.Diverged("nan"), False), (common.UserError("disk"), True)]
+)
+def test_what_has_diverged_is_not_to_be_resumed(tmp_path, capsys, error, can_resume):
+    with pytest.raises(common.UserError), common.Run(tmp_path / "run", dict(script="x.py")) as run:
+        run.show_progress(0, 1, "updates")
+        run.save(step=1, nets={})
+        raise error
+    assert ("resume with --resume" in capsys.readouterr().err) == can_resume
     assert common.read_checkpoint(run.folder)["step"] == 1
 
 

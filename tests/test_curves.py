@@ -172,7 +172,13 @@ def test_folders_of_the_same_name_are_lines_of_their_own(call, make_run, tmp_pat
         for seed in (0, 1):
             make_run(f"{environment}/a-seed{seed}", 1, {100: success + 0.1 * seed})
     drawn = {}
-    monkeypatch.setattr(Axes, "plot", lambda axes, x, y, *_, label: drawn.update({label: [*y]}))
+    plot = Axes.plot
+
+    def record(axes, x, y, *args, label):
+        drawn[label] = [*y]
+        return plot(axes, x, y, *args, label=label)
+
+    monkeypatch.setattr(Axes, "plot", record)
     call("--column", "success", *sorted(tmp_path.glob("*/a-seed0")))
     assert drawn == {"ant/a-seed0": [0.6], "hopper/a-seed0": [0.2]}
     rows = call("--column", "success", "--mean", *sorted(tmp_path.glob("*/a-seed*")))

@@ -163,10 +163,27 @@ def test_without_a_host_the_ways_out_are_named(host, path, monkeypatch, fault):
     for folder in ("broken", "broken/mirror"):
         assert f"{host.url}/{folder}/{NAME}.npz: " in message
     assert f"put {NAME}.npz into {path.parent} by hand" in message
-    assert "--dataset" in message and "results/collect_antmaze.py" in message
+    assert "--dataset" in message and "collect" not in message  # no tool for this dataset
     assert len(host.seen) == 2 and visible_files(path.parent) == []
     host.fault = ""  # the same process tries again, and no lock is in its way
     assert common.get_dataset(NAME, ENV_ID)[1].startswith(DESCRIPTION)
+
+
+@pytest.mark.parametrize(
+    "name, tool",
+    [
+        ("antmaze-giant-navigate-v0", "collect_antmaze.py"),
+        ("visual-antmaze-giant-navigate-v0", None),
+        ("humanoidmaze-giant-navigate-v0", None),
+        ("puzzle-3x3-play-v0", "collect_play.py"),
+        ("visual-scene-play-v0", "collect_play.py"),
+        ("cube-single-noisy-v0", None),
+    ],
+)
+def test_a_tool_is_named_where_there_is_one(tmp_path, name, tool):
+    message = common.ways_out(tmp_path / f"{name}.npz")
+    command = f"python results/{tool} {name}, then --dataset {name}.npz"
+    assert command in message if tool else "collect" not in message
 
 
 @pytest.mark.parametrize("end", ["mine.npz", "a/mine.npz?download=true"])
@@ -191,8 +208,9 @@ def test_a_download_keeps_what_the_file_says_of_itself(host, path, tmp_path):
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.npz", "http://[/x.npz"])
 def test_a_url_without_a_host(path, url):
-    with pytest.raises(common.UserError, match=f"^{re.escape(url)}: download failed"):
+    with pytest.raises(common.UserError, match=f"^{re.escape(url)}: download failed") as error:
         common.get_dataset(NAME, ENV_ID, url)
+    assert "by hand" not in str(error.value)
     assert visible_files(path.parent) == []
 
 

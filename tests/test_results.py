@@ -591,12 +591,31 @@ def test_weights_and_settings_are_what_is_copied(tmp_path):
         (collect_play, "cube-none-play-v0", "cube-none-play-v0: must be one of"),
         (collect_antmaze, "antmaze-large-navigate-v0 --transitions 0", "--transitions 0: must be"),
         (collect_antmaze, "antmaze-none-navigate-v0", "antmaze-none-navigate-v0: MAZE is"),
+        (collect_antmaze, "antmaze-large-navigate-v0 --seed -1", "--seed -1: must be at least 0"),
+        (collect_play, "cube-single-play-v0 --seed -1", "--seed -1: must be at least 0"),
     ],
 )
 def test_a_mistake_in_collecting_is_named_in_one_line(monkeypatch, tool, flags, message):
     monkeypatch.setattr(sys, "argv", ["collect.py", *flags.split()])
     with pytest.raises(SystemExit, match=f"^{message}"):
         tool.main()
+
+
+@pytest.mark.parametrize(
+    "tool, name",
+    [(collect_antmaze, "antmaze-large-navigate-v0"), (collect_play, "cube-single-play-v0")],
+)
+def test_what_cannot_be_written_is_known_before_collecting(monkeypatch, tmp_path, tool, name):
+    monkeypatch.setattr(tool, "collect", None)
+    path = tmp_path / f"{name}.npz"
+    path.write_text("a file of hours")
+    monkeypatch.setattr(sys, "argv", ["collect.py", name, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"{path}: exists already"):
+        tool.main()
+    monkeypatch.setattr(sys, "argv", ["collect.py", name, "--out", str(path)])
+    with pytest.raises(common.UserError, match=f"{path}: cannot write there"):
+        tool.main()
+    assert path.read_text() == "a file of hours"
 
 
 @pytest.mark.parametrize("tool", [collect_antmaze, collect_play])
