@@ -2,8 +2,8 @@
 
 A flow policy turns noise x_0 ~ N(0, I) into x_K with K Euler steps of a velocity field v(s, x, t);
 the action is tanh(x_K). This is a recurrent network, x_{i+1} = x_i + v(s, x_i, t_i) / K, and the
-actor's gradient is a product of K Jacobians I + dv/dx / K, which can explode or vanish. The paper's
-remedy is two velocity networks from sequence models; a plain one is the baseline:
+actor's gradient is a product of K Jacobians I + dv/dx / K, which can explode or vanish. The paper
+proposes two velocity networks from sequence models; a plain one is the baseline:
 
     flow-g   v = gate * (candidate - x)             the update of a GRU
     flow-t   v = Transformer decoder of (x, t)      with the state as its memory
@@ -19,10 +19,10 @@ with dt = 1 / K, eps ~ N(0, I) and sigma(s, t) a network (with an OGBench datase
 drift is exact for the v of flow matching; for a v that SAC trains it is a heuristic.
 
 With an OGBench dataset, training begins offline. Each offline step makes two updates on one batch:
-TD and flow matching, then TD and the policy's loss. Each online step makes the second kind only. In
-both phases the policy's loss has a behaviour term, beta * mean (a - a_data)^2, and unlike the
-authors' no entropy: the noise is fixed, so log pi is nearly a constant, which in the TD target
-would reward or punish every step until the task is solved.
+TD and flow matching, then TD and the policy's loss. Each online step after --learning-starts makes
+the second kind only. In both phases the policy's loss has a behaviour term, beta * mean
+(a - a_data)^2, and unlike the authors' no entropy: the noise is fixed, so log pi is nearly a
+constant, which in the TD target would reward or punish every step until the task is solved.
 
 Zhang et al.: SAC Flow, ICLR 2026, https://arxiv.org/abs/2509.25756
 Critics without target networks: Bhatt et al., CrossQ, ICLR 2024, https://arxiv.org/abs/1902.05605
