@@ -1,15 +1,17 @@
 """Q-Flow on arrays and an environment of your own: here, random episodes of Pendulum.
 
 python results/own_data.py
+
+The same command resumes an interrupted run.
 """
 
 import sys
-import time
 import warnings
 from pathlib import Path
 
 import gymnasium
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
@@ -33,17 +35,22 @@ for episode in range(5):
     while not done:
         action = env.action_space.sample()
         next_obs, reward, terminated, truncated, _ = env.step(action)
-        rows.append((obs, action, reward, 1 - terminated, 1))
+        rows.append((np.array(obs), action, float(reward), 1 - terminated, 1))
         obs = next_obs
         done = terminated or truncated
-    rows.append((obs, action, 0, 0, 0))  # the last observation; nothing else of this row is used
-dataset = common.Dataset(*[np.array(column) for column in zip(*rows)])
+    # The last observation; nothing else of this row is used.
+    rows.append((np.array(obs), action, 0.0, 0, 0))
 
 args = qflow.Args(
     env="Pendulum-v1", offline_steps=200, eval_interval=100, eval_episodes=4, hidden=(64, 64)
 )
-folder = f"runs/Pendulum-v1__qflow__0__{time.strftime('%Y%m%d-%H%M%S')}"
-with common.Run(folder, dict(script="qflow.py", args=vars(args))) as run:
+qflow.check_args(args)
+torch.set_float32_matmul_precision(args.matmul_precision)
+device = qflow.choose_device(args.device)
+dataset = common.Dataset(*[np.array(column) for column in zip(*rows)], device=device)
+
+config = dict(script="qflow.py", args=vars(args))
+with common.Run("runs/own-pendulum", config, resume=True) as run:
     print("writing to", run.folder)
     nets = qflow.train(args, dataset, env, make_env(), run)
 print("action", qflow.act(nets, obs[None], args)[0, 0])

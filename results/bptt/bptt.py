@@ -42,6 +42,7 @@ from fql import (  # noqa: E402, F401
     evaluate,
     make_env,
     make_optimizer,
+    reset,
     sample_noise,
     update,
 )

@@ -2,8 +2,6 @@
 
     python results/speed/soak.py qflow.py --hidden 8 8 --offline-steps 100000 --eval-interval 5000 \
         --eval-episodes 2 --log-interval 100 --batch-size 16
-
-Counts the script's own process, not those of the environments.
 """
 
 import os
