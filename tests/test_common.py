@@ -356,6 +356,7 @@ def test_collected_file_follows_the_protocol_whatever_the_workers(collected, tmp
         assert np.flatnonzero(a["terminals"]).tolist() == [1000, 2001, 3002]
         assert not np.array_equal(a["observations"][0], a["observations"][1001])
         assert np.abs(a["actions"]).max() == 1
+        assert np.array_equal(a["observations"], a["qpos"])  # both of the state before the action
         moved = np.linalg.norm(np.diff(a["observations"][:1001], axis=0), axis=1)
         assert moved.mean() > 0.1  # of 0.2 per step at full speed
     assert list(tmp_path.iterdir()) == [other]  # no temporary file is left

@@ -166,12 +166,6 @@ def test_an_episode_is_evaluated(make_env):
     assert np.isnan(results["success"]).all()
 
 
-@pytest.mark.parametrize("own", [OwnRandomState, SeededByGlobalState])
-def test_two_environments_with_a_random_state_of_their_own_are_different(own):
-    env, eval_env = own(), own()
-    assert not np.array_equal(qflow.reset(env, 0), qflow.reset(eval_env, 0))
-
-
 @pytest.mark.parametrize("seed", [5, 2**32 + 5])
 def test_global_random_numbers_follow_from_the_seed(seed):
     env = GlobalRandomState()

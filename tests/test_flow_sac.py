@@ -495,6 +495,19 @@ def test_batch_entries_do_not_mix_in_the_velocity(policy):
     assert changed.nonzero().flatten().tolist() == [3, 5]
 
 
+def test_layers_start_as_flaxs():
+    torch.manual_seed(0)
+    nets = flow_sac.Networks(17, 6, flow_sac.Args(policy="naive"))
+    kinds = (flow_sac.Linear, flow_sac.EnsembleLinear)
+    layers = [layer for layer in nets.modules() if isinstance(layer, kinds)]
+    assert len(layers) == 9
+    for layer in layers:
+        std = layer.weight.shape[1] ** -0.5  # both kinds have their inputs there
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.06)
+        assert 1.9 < layer.weight.abs().max().item() / (std / 0.87962566) < 2.0001
+        assert (layer.bias == 0).all()
+
+
 def test_flow_g_starts_with_an_open_gate():
     _, nets, batch, noise = make(policy="flow-g")
     velocity, t = nets.policy.velocity, torch.full((16, 1), 0.3, dtype=torch.float64)
@@ -651,6 +664,18 @@ def test_sac_loss_is_that_of_the_target_critics_and_their_minimum():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
+@pytest.mark.parametrize("critic", ["crossq", "sac"])
+def test_the_policys_loss_from_scratch(critic):
+    args, nets, batch, noise = make(critic=critic)
+    inputs = batch.observations, noise.policy_x0, noise.policy_eps
+    loss, metrics = flow_sac.policy_loss(nets, batch, noise.policy_x0, noise.policy_eps, args)
+    nets.policy.train()
+    actions, log_prob = flow_sac.sample_with_log_prob(nets.policy, *inputs)
+    q = nets.critic(batch.observations, actions).min(0).values
+    assert loss.item() == pytest.approx((0.2 * log_prob - q).mean().item(), rel=1e-6)
+    assert metrics["entropy"].item() == pytest.approx(-log_prob.mean().item(), rel=1e-9)
+
+
 @pytest.mark.parametrize("critic, beta", [("crossq", 0.5), ("sac", 0.9)])
 def test_optimizers(critic, beta):
     args, nets, _, _ = make(critic=critic)
@@ -688,9 +713,31 @@ def test_temperature_rises_when_the_entropy_is_below_its_target(entropy, sign):
 def test_the_target_entropy(policy, flag, target):
     args, nets, batch, noise = make(policy=policy, target_entropy=flag)
     inputs = nets, flow_sac.make_optimizers(nets, args), batch, noise, args
-    metrics = flow_sac.update_policy(*inputs)
-    slope = 0.2 * (metrics["entropy"].item() - target)  # of the loss by log temperature
-    assert nets.log_temperature.grad.item() == pytest.approx(slope, rel=1e-6)
+    for _ in range(2):  # the second gradient does not contain the first
+        temperature = nets.log_temperature.exp().item()
+        metrics = flow_sac.update_policy(*inputs)
+        slope = temperature * (metrics["entropy"].item() - target)  # by log temperature
+        assert nets.log_temperature.grad.item() == pytest.approx(slope, rel=1e-6)
+
+
+def test_collecting_has_the_noise_of_the_stochastic_policy():
+    args, nets, batch, _ = make(**OFFLINE)
+    nets.float()
+    obs = batch.observations.float()
+    found = flow_sac.act_with_noise(nets, obs.numpy(), args, torch.Generator().manual_seed(0))
+    noise = torch.randn(5, 16, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, _ = flow_sac.sample_with_log_prob(nets.policy, obs, noise[0], noise[1:])
+    assert np.array_equal(found, expected.view(16, 3, 1))
+
+
+def test_noise_is_normal_and_times_are_uniform():
+    noise = flow_sac.sample_noise(torch.zeros(4000, 3), 4, torch.Generator().manual_seed(0))
+    *normal, t = noise
+    for x in normal:
+        assert abs(x.mean()) < 0.05 and abs(x.std() - 1) < 0.05
+    assert 0 <= t.min() and t.max() < 1
+    assert abs(t.mean() - 0.5) < 0.03 and abs(t.std() - 12**-0.5) < 0.02
 
 
 # -------------------------------------------------------------------------------------- training
@@ -802,6 +849,8 @@ def test_with_a_dataset_each_offline_batch_has_two_updates(tmp_path, calls):
     assert np.isnan(log["flow_loss"]).tolist() == [False, False, True, True]
     assert (0 < log["bc_loss"]).all() and (log["bc_loss"] < 10).all()
     assert logs["eval"]["step"].tolist() == [10, 40]
+    for name in ("return", "length"):
+        assert logs["eval"][name].tolist() == [4, 4]  # the means of 3 and 5
 
 
 def test_the_second_offline_update_has_noise_of_its_own(tmp_path, monkeypatch):
@@ -815,7 +864,7 @@ def test_the_second_offline_update_has_noise_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(common.Run, "plot", lambda self, unit, switch: None)
     valids = np.arange(12) % 6 < 5
     dataset = common.Dataset(np.ones((12, 2)), np.zeros((12, 1)), 1 * valids, valids, valids)
-    settings = {**OFFLINE, "horizon": 1, "offline_steps": 1, "online_steps": 0}
+    settings = {**OFFLINE, "horizon": 2, "offline_steps": 1, "online_steps": 0, "discount": 0.5}
     train_on(Counter, tmp_path / "run", dataset, **settings)
     (batch, first), (_, velocity), (_, second), (_, policy) = used
     assert all(other is batch for other, _ in used)
@@ -823,7 +872,22 @@ def test_the_second_offline_update_has_noise_of_its_own(tmp_path, monkeypatch):
     assert not torch.isin(first.next_x0, second.next_x0).any()
     numbers = torch.cat([x.flatten() for noise in (first, second) for x in noise])
     assert len(numbers.unique()) == len(numbers)  # each has one use
-    assert first.next_eps.shape == (4, 8, 1)
+    assert first.next_eps.shape == (4, 8, 2)
+    assert torch.equal(batch.rewards, batch.valid @ torch.tensor([1.0, 0.5]))
+
+
+def test_a_seed_has_its_own_weights_noise_and_episodes(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.Run, "plot", lambda self, unit, switch: None)
+    steps = dict(online_steps=12, learning_starts=10, policy_lr=1e-30, q_lr=1e-30)  # weights stay
+    weights, noise, episodes = [], [], []
+    for seed in (0, 1000):
+        env, dataset = Counter(), common.Dataset.empty(2, 1)
+        nets, _ = train_on(lambda env=env: env, tmp_path / str(seed), dataset, seed=seed, **steps)
+        weights.append(nets.critic.mlp[1].weight)
+        noise.append(common.read_checkpoint(tmp_path / str(seed))["generator"])
+        episodes.append(set(env.seeds))
+    assert not torch.equal(*weights) and not torch.equal(*noise)
+    assert not episodes[0] & episodes[1]
 
 
 def short_run(folder, **settings):
@@ -869,6 +933,10 @@ def test_the_same_seed_gives_the_same_run(settings, tmp_path, monkeypatch):
     assert all(np.isfinite(values).all() for values in logs["train"].values())
     state = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
     assert all(torch.equal(x, state["nets"][name]) for name, x in nets.state_dict().items())
+    loaded, args = flow_sac.load(tmp_path / "run")
+    obs = np.ones((1, nets.sizes[0]))
+    act = lambda nets: flow_sac.act(nets, obs, args, torch.Generator().manual_seed(0))
+    assert np.array_equal(act(nets), act(loaded))
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,12 @@ def test_each_loss_trains_its_own_network_only():
             assert got == name.startswith(f"{own}."), (own, name)
 
 
+def test_each_random_number_has_one_use():
+    _, _, batch, _ = make()
+    numbers = torch.cat([x.flatten() for x in fql.sample_noise(batch.actions, None)])
+    assert len(numbers.unique()) == len(numbers)
+
+
 def test_the_policy_is_clipped_when_it_acts_but_not_when_it_is_taught():
     args, nets, batch, noise = make()
     with torch.no_grad():

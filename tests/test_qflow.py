@@ -375,8 +375,14 @@ class Alternating(gymnasium.Env):
 def test_collecting_plays_chunks_open_loop_and_appends_each_step(horizon, tmp_path, monkeypatch):
     events = []
 
+    batches = []
+
     def noted(name, function):
         return lambda *args: events.append(name) or function(*args)
+
+    def noted_update(nets, optimizer, batch, *rest):
+        batches.append(batch)
+        return update(nets, optimizer, batch, *rest)
 
     def planned_actions(nets, obs, args, generator):
         """Actions that say at which step of the episode they were planned, and their place."""
@@ -386,7 +392,8 @@ def test_collecting_plays_chunks_open_loop_and_appends_each_step(horizon, tmp_pa
         return actions
 
     monkeypatch.setattr(qflow, "act", planned_actions)
-    monkeypatch.setattr(qflow, "update", noted("update", qflow.update))
+    update = qflow.update
+    monkeypatch.setattr(qflow, "update", noted("update", noted_update))
     monkeypatch.setattr(common.Dataset, "append", noted("append", common.Dataset.append))
     monkeypatch.setattr(common.Run, "plot", lambda self, switch: None)
     args = qflow.Args(
@@ -395,6 +402,7 @@ def test_collecting_plays_chunks_open_loop_and_appends_each_step(horizon, tmp_pa
         flow_steps=2,
         batch_size=8,
         horizon=horizon,
+        discount=0.5,
         offline_steps=4,
         online_steps=21,
         eval_interval=10,
@@ -408,6 +416,8 @@ def test_collecting_plays_chunks_open_loop_and_appends_each_step(horizon, tmp_pa
     with run:
         qflow.train(args, dataset, env, Alternating(), run)
     assert events == ["update"] * 4 + ["append", "update"] * 21
+    discounts = 0.5 ** torch.arange(horizon)
+    assert torch.equal(batches[0].rewards, batches[0].valid @ discounts)  # each reward is 1
 
     lengths = [3, 5, 3, 5, 3, 2]  # the last one is in progress
     steps = np.concatenate([np.arange(n) for n in lengths])
@@ -435,6 +445,8 @@ def test_collecting_plays_chunks_open_loop_and_appends_each_step(horizon, tmp_pa
     log = common.read_columns(run.folder / "eval.csv")
     assert log["step"].tolist() == [4, 10, 20, 25]
     assert list(log) == ["step", "episodes", "success", "return", "length"]
+    for name, mean in {"success": 0.5, "return": 10.5, "length": 4}.items():
+        assert log[name].tolist() == [mean] * 4
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path, monkeypatch):

@@ -137,6 +137,16 @@ def call_until(call, saves_at, stops_at, *flags):
         call(*flags)
 
 
+@pytest.mark.parametrize("script", ["qflow", "fql"])
+def test_evaluating_more_often_does_not_change_the_training(script, call, whole, tmp_path):
+    call(script, *FLAGS[script], "--eval-interval", 10, "--start-or-resume", tmp_path / "often")
+    often = common.read_checkpoint(tmp_path / "often")
+    once = common.read_checkpoint(whole[script])
+    assert torch.equal(often["generator"], once["generator"])
+    for name, tensor in once["nets"].items():
+        assert torch.equal(often["nets"][name], tensor), name
+
+
 # -------------------------------------------------------------------------------------- stopped
 
 

@@ -69,6 +69,77 @@ def dataset_file(tmp_path_factory):
     return path
 
 
+# ------------------------------------------------------------------------------------- settings
+
+
+PUBLISHED = {  # Q-Flow: lambda, time_dim, q_agg; FQL: alpha, q_agg; discount of both
+    "antmaze-large-navigate": (0.2, 64, "mean", 10, "min", 0.99),
+    "antmaze-giant-navigate": (0.2, 64, "min", 10, "min", 0.995),
+    "antsoccer-arena-navigate": (0.5, 64, "mean", 10, "mean", 0.995),
+    "humanoidmaze-medium-navigate": (1, 64, "mean", 30, "mean", 0.995),
+    "humanoidmaze-large-navigate": (1, 64, "mean", 30, "mean", 0.995),
+    "cube-single-play": (5, 64, "mean", 300, "mean", 0.99),
+    "cube-double-play": (2, 16, "mean", 300, "mean", 0.99),
+    "scene-play": (5, 64, "mean", 300, "mean", 0.99),
+    "puzzle-3x3-play": (20, 64, "min", 1000, "mean", 0.99),
+    "puzzle-4x4-play": (20, 64, "min", 1000, "mean", 0.99),
+}
+
+
+def settings(monkeypatch, script, env):
+    monkeypatch.setattr(sys, "argv", ["script.py", "--env", env])
+    return script.parse_args()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_are_the_papers(monkeypatch, name):
+    q = settings(monkeypatch, qflow, f"{name}-v0")
+    f = settings(monkeypatch, fql, f"{name}-v0")
+    found = (q.lam, q.time_dim, q.q_agg, f.alpha, f.q_agg, f.discount)
+    assert found == PUBLISHED[name] and q.discount == f.discount
+    for args in (q, f):
+        assert (args.lr, args.batch_size, args.tau, args.flow_steps) == (3e-4, 256, 0.005, 10)
+        assert (args.hidden, args.num_critics, args.rho, args.horizon) == ((512,) * 4, 2, 0, 1)
+        assert (args.offline_steps, args.eval_interval, args.eval_episodes) == (10**6, 10**5, 50)
+
+
+def test_settings_of_flow_sac_are_the_authors(monkeypatch):
+    both = dict(policy="flow-t", policy_lr=3e-4, discount=0.99, flow_steps=4, tau=0.005)
+    both |= dict(online_steps=10**6, target_entropy=0)
+    from_scratch = dict(offline_steps=0, learning_starts=50_000, batch_size=512, critic="crossq")
+    from_scratch |= dict(q_lr=1e-3, policy_frequency=3, hidden=(1024,) * 2, q_agg="min", horizon=1)
+    from_scratch |= dict(both, bc_weight=0, noise_std=0)
+    with_data = dict(offline_steps=10**6, learning_starts=5000, batch_size=256, critic="sac")
+    with_data |= dict(q_lr=3e-4, policy_frequency=1, hidden=(512,) * 4, q_agg="mean")
+    with_data |= dict(both, bc_weight=100, noise_std=0.05)
+    for env, expected, width in [
+        ("HalfCheetah-v5", from_scratch, 96),
+        ("cube-double-play-v0", dict(with_data, horizon=5), 128),
+        ("antmaze-giant-navigate-v0", dict(with_data, horizon=1), 128),
+    ]:
+        args = settings(monkeypatch, flow_sac, env)
+        assert expected.items() <= vars(args).items()
+        assert flow_sac.Policy(4, 3, args).velocity.head.in_features == width
+
+
+@pytest.mark.parametrize("script", [qflow, fql, flow_sac])
+def test_the_task_is_that_of_the_rewards_and_of_both_environments(script, tmp_path, monkeypatch):
+    env_id = "pointmaze-medium-singletask-task3-v0"
+    with gymnasium.make(env_id) as env:
+        goals = np.array([info["goal_xy"] for info in env.unwrapped.task_infos])
+    data = dict(observations=goals, actions=np.zeros((5, 2)), terminals=np.arange(5) == 4)
+    data = {**data, "qpos": goals, "qvel": 0 * goals}
+    common.write_dataset(tmp_path / "goals.npz", "a row at each goal", data)
+    seen = []
+    monkeypatch.setattr(script, "train", lambda args, *rest: seen.extend(rest))
+    flags = ["--env", NAME, "--task", 3, "--horizon", 1, "--device", "cpu"]
+    flags += ["--dataset", tmp_path / "goals.npz", "--run-dir", tmp_path / "runs"]
+    start_here(monkeypatch, script, *flags)
+    dataset, env, eval_env, _ = seen
+    assert dataset.rewards[dataset.rows].tolist() == [-1, -1, 0, -1]
+    assert env.unwrapped.spec.id == eval_env.unwrapped.spec.id == env_id
+
+
 # --------------------------------------------------------------------------------------- --help
 
 
