@@ -81,6 +81,12 @@ def is_dataset(env):
     return f"{stem}-v0" in {dataset_name for dataset_name, _ in single_tasks().values()}
 
 
+def environment_of(dataset):
+    """antmaze-giant of antmaze-giant-navigate-v0, also with a task or without -v0."""
+    stem, _, _ = dataset.removesuffix("-v0").partition("-singletask")
+    return stem.rpartition("-")[0]
+
+
 def resolve_task(env, task=0):
     """--env and --task (0: the default task) -> full name, dataset name, Gymnasium id.
 
@@ -413,8 +419,6 @@ def read_ogbench_file(path, ob_dtype=np.float32):
         data = ogbench.load_dataset(path, ob_dtype, compact_dataset=True, add_info=True)
         if ob_dtype == np.uint8 and data["observations"].max() <= 1:
             raise ValueError("frames must have numbers from 0 to 255")
-    except KeyError as error:
-        raise UserError(f"{path}: not a usable dataset: has no {error}") from None
     except Exception as error:  # NumPy, zipfile and OGBench raise a dozen types
         raise UserError(f"{path}: not a usable dataset: {error}") from None
     if "qpos" not in data:
@@ -479,7 +483,7 @@ def get_dataset(name, env_id, source="", device="cpu", sparse=False, frames_on_h
     official file. frames_on_host: as for Dataset.
     """
     stem = Path(source.partition("?")[0]).stem
-    if is_dataset(stem) and stem.split("-")[:-2] != name.split("-")[:-2]:
+    if is_dataset(stem) and environment_of(stem) != environment_of(name):
         raise UserError(f"--dataset {source}: is of another environment than {name}")
     folder = data_folder()
     path = folder / f"{name}.npz"
@@ -562,7 +566,9 @@ def ways_out(path):
     tool = None
     if re.match("antmaze-.*-navigate-", path.name):
         tool = "collect_antmaze.py"
-    elif re.match("(visual-)?(cube|scene|puzzle).*-play-", path.name):
+    elif re.match(
+        "(visual-)?(cube-(single|double|triple|quadruple)|scene|puzzle-...)-play-", path.name
+    ):
         tool = "collect_play.py"
     if tool:
         command = f"python results/{tool} {path.stem}"
@@ -831,8 +837,13 @@ def start_wandb(folder, config, wandb_id=None):
 
 
 def cut_rows(path, step):
-    """Remove the rows of a CSV file that were logged after `step`: they will be logged again."""
+    """Remove the rows of a CSV file that were logged after `step`: they will be logged again.
+
+    A file whose first column is not the step is not the run's own and stays as it is.
+    """
     lines = path.read_text().splitlines(keepends=True)
+    if not "".join(lines[:1]).startswith("step,"):
+        return
     rows = [row for row in lines[1:] if row.endswith("\n") and int(row.split(",")[0]) <= step]
     write_file(path, "".join(lines[:1] + rows).encode())
 
@@ -916,9 +927,9 @@ class Run:
             # A checkpoint follows each evaluation.
             hint = "remove its CSV files to start it again"
             raise UserError(f"{self.folder}: its checkpoint.pt was removed; {hint}")
-        for name in ("train.csv", "eval.csv", "episodes.csv"):
-            if (self.folder / name).exists():
-                cut_rows(self.folder / name, checkpoint["step"] if checkpoint else -1)
+        if (self.folder / "config.json").exists():
+            for path in self.folder.glob("*.csv"):
+                cut_rows(path, checkpoint["step"] if checkpoint else -1)
         if self.track:
             self.wandb = start_wandb(self.folder, self.config, wandb_id)
             wandb_id = self.wandb.id
@@ -977,8 +988,6 @@ class Run:
                 lineterminator="\n",
             )
             writer.writerow(row)
-            file.flush()
-            os.fsync(file.fileno())  # before the checkpoint that follows this row
         if self.wandb:
             section = name.removesuffix(".csv")
             self.wandb.log({f"{section}/{key}": x for key, x in row.items()}, step=row["step"])
@@ -1002,6 +1011,10 @@ class Run:
             if not tensor.isfinite().all():
                 hint = "start a new run with a lower learning rate"
                 raise Diverged(f"step {state['step']}: {name} is not finite; {hint}")
+        with disk_errors(self.folder):
+            for path in self.folder.glob("*.csv"):  # their rows must not be younger on the disk
+                with open(path) as file:
+                    os.fsync(file.fileno())
         file = io.BytesIO()
         torch.save(state, file)
         write_file(self.folder / "checkpoint.pt", file.getbuffer())

@@ -254,8 +254,8 @@ def main():
     if args.task or args.dataset:
         raise common.UserError("--task and --dataset are for OGBench, not for Minari")
     if cli.online and args.online_steps == 0:
-        hint = "give --online-steps behind --"
-        raise common.UserError(f"--online: {cli.script} has no settings for {args.env}; {hint}")
+        reason = f"{cli.script} has no settings for {args.env}, or the run to resume has its own"
+        raise common.UserError(f"--online: {reason}; give --online-steps behind --")
     data = load_data(args.env)
     has_score = data.storage.metadata.get("ref_max_score") is not None
     if has_score:

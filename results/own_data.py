@@ -2,7 +2,8 @@
 
 python results/own_data.py
 
-The same command resumes an interrupted run.
+The same command resumes an interrupted run. To start anew, as after a change of the data, remove
+runs/own-pendulum.
 """
 
 import sys
@@ -49,7 +50,7 @@ torch.set_float32_matmul_precision(args.matmul_precision)
 device = qflow.choose_device(args.device)
 dataset = common.Dataset(*[np.array(column) for column in zip(*rows)], device=device)
 
-config = dict(script="qflow.py", args=vars(args))
+config = dict(script="qflow.py", args=vars(args), dataset=f"{len(dataset)} transitions")
 with common.Run("runs/own-pendulum", config, resume=True) as run:
     print("writing to", run.folder)
     nets = qflow.train(args, dataset, env, make_env(), run)

@@ -555,8 +555,17 @@ def test_the_file_of_another_environment_is_refused(source):
         common.get_dataset(NAME, ENV_ID, source)
 
 
-def test_the_file_of_another_kind_is_not_refused(collected, tmp_path):
-    path = tmp_path / "pointmaze-medium-stitch-v0.npz"
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pointmaze-medium-stitch-v0",
+        "pointmaze-medium-navigate",
+        "pointmaze-medium-navigate-singletask-task2-v0",
+        "data",
+    ],
+)
+def test_the_file_of_another_kind_or_task_is_not_refused(collected, tmp_path, name):
+    path = tmp_path / f"{name}.npz"
     path.write_bytes(collected.read_bytes())
     dataset, _ = common.get_dataset(NAME, ENV_ID, str(path))
     assert len(dataset) > 0
@@ -961,6 +970,7 @@ def test_what_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     nets.bias.data[1] = float("nan")
     with pytest.raises(common.UserError, match="step 9: bias is not finite"):
         run.save(step=9, nets=nets.state_dict())
+    assert common.read_checkpoint(run.folder)["step"] == 1
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,9 @@ def test_without_a_host_the_ways_out_are_named(host, path, monkeypatch, fault):
         ("humanoidmaze-giant-navigate-v0", None),
         ("puzzle-3x3-play-v0", "collect_play.py"),
         ("visual-scene-play-v0", "collect_play.py"),
+        ("cube-double-play-v0", "collect_play.py"),
         ("cube-single-noisy-v0", None),
+        ("cube-octuple-play-v0", None),
     ],
 )
 def test_a_tool_is_named_where_there_is_one(tmp_path, name, tool):

@@ -58,12 +58,6 @@ class OwnRandomState(Own):
         return self.rng.uniform(-1, 1, 3).astype(np.float32)
 
 
-class SeededByGlobalState(OwnRandomState):
-    def __init__(self):
-        super().__init__()
-        self.rng = np.random.default_rng(np.random.randint(2**31))
-
-
 class GlobalRandomState(Own):
     def observe(self):
         return np.array([np.random.rand(), 0, 0], np.float32)

@@ -100,7 +100,8 @@ def train(
         --eval-interval 10000 --eval-episodes 10 --run-dir {RUNS / condition / policy}"""
     if compile:
         flags += " --compile"
-    flow_sac.__file__ = f"flow_sac_{condition}.py"  # the run's name for the script
+    if condition != "drift":
+        flow_sac.__file__ = f"flow_sac_{condition}.py"  # the run's name for the script
     sys.argv = ["flow_sac.py", *flags.split()]
     flow_sac.main()
 

@@ -216,7 +216,8 @@ def main(
         --start-or-resume {RUNS / f"{difference}-{policy}"}"""
     if compile:
         flags += " --compile"
-    flow_sac.__file__ = f"one_difference_{difference}.py"  # the run's name for the script
+    if difference != "none":
+        flow_sac.__file__ = f"one_difference_{difference}.py"  # the run's name for the script
     sys.argv = ["flow_sac.py", *flags.split()]
     flow_sac.main()
 
