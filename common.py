@@ -149,7 +149,7 @@ class Batch(NamedTuple):
     """
 
     observations: torch.Tensor  # (B, O) at the first step of the chunk
-    actions: torch.Tensor  # (B, h * A)
+    actions: torch.Tensor  # (B, h * A) in [-1, 1]
     rewards: torch.Tensor  # (B,) discounted sum over the valid steps
     masks: torch.Tensor  # (B,) 0 if solved or terminated at a valid step: no bootstrap
     next_observations: torch.Tensor  # (B, O) after the last valid step

@@ -60,7 +60,7 @@ class Args:
     env: str = "Pendulum-v1"
     """Gymnasium id with Box spaces (also OGBench's online-ant-v0 etc.), or OGBench dataset"""
     task: int = 0
-    """task of the environment, 1 to 5; 0 is OGBench's default task"""
+    """task of the environment, 1 to 5; 0 is that of --env, else OGBench's default task"""
     dataset: str = ""
     """npz file or its URL; default: the official file (pointmaze-*-navigate: collected here)"""
     seed: int = 0
@@ -483,10 +483,10 @@ def sample_actions(nets, obs, x0, args):
 # A batch:
 #
 #     observations       (B, O)
-#     actions            (B, h * A)
+#     actions            (B, h * A)  in [-1, 1]
 #     rewards            (B,)    discounted sum over the valid steps of a chunk
-#     masks              (B,)    0 where the environment terminated, else 1
-#     next_observations  (B, O)
+#     masks              (B,)    0 if the environment terminated at a valid step, else 1
+#     next_observations  (B, O)  after the last valid step
 #     valid              (B, h)  0 for steps after the end of the episode, else 1
 #
 # A chunk whose last step is not valid has weight 0 in TD.

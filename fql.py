@@ -65,7 +65,7 @@ class Args:
     env: str = "pointmaze-medium-navigate-v0"
     """OGBench dataset: NAME-v0, NAME-singletask-v0 or NAME-singletask-taskN-v0"""
     task: int = 0
-    """task of the environment, 1 to 5; 0 is OGBench's default task"""
+    """task of the environment, 1 to 5; 0 is that of --env, else OGBench's default task"""
     dataset: str = ""
     """npz file or its URL; default: the official file (pointmaze-*-navigate: collected here)"""
     sparse: bool = False
@@ -291,10 +291,10 @@ def sample_actions(nets, obs, z, args):
 # A batch:
 #
 #     observations       (B, O)
-#     actions            (B, h * A)
+#     actions            (B, h * A)  in [-1, 1]
 #     rewards            (B,)    discounted sum over the valid steps of a chunk
-#     masks              (B,)    0 where the task is solved, else 1
-#     next_observations  (B, O)
+#     masks              (B,)    0 if solved or terminated at a valid step, else 1
+#     next_observations  (B, O)  after the last valid step
 #     valid              (B, h)  0 for steps after the end of the episode, else 1
 #
 # A chunk whose last step is not valid has weight 0 in TD.
@@ -377,7 +377,7 @@ def policy_loss(nets, batch, z, args):
 
 
 def total_loss(nets, batch, noise, args):
-    """The sum of the losses; each trains its own network only."""
+    """The sum of the losses, for one backward; each must train its own network only."""
     q_target = td_target(nets, batch, noise.next_z, args)
     td_loss, q_metrics = critic_loss(nets, batch, q_target)
     fm_loss, fm_metrics = flow_loss(nets, batch, noise.flow_x0, noise.flow_t)

@@ -57,7 +57,7 @@ class Args:
     env: str = "pointmaze-medium-navigate-v0"
     """OGBench dataset: NAME-v0, NAME-singletask-v0 or NAME-singletask-taskN-v0"""
     task: int = 0
-    """task of the environment, 1 to 5; 0 is OGBench's default task"""
+    """task of the environment, 1 to 5; 0 is that of --env, else OGBench's default task"""
     dataset: str = ""
     """npz file or its URL; default: the official file (pointmaze-*-navigate: collected here)"""
     sparse: bool = False
@@ -266,10 +266,10 @@ def sample_actions(nets, obs, x0, args):
 # A batch:
 #
 #     observations       (B, O)
-#     actions            (B, h * A)
+#     actions            (B, h * A)  in [-1, 1]
 #     rewards            (B,)    discounted sum over the valid steps of a chunk
-#     masks              (B,)    0 where the task is solved, else 1
-#     next_observations  (B, O)
+#     masks              (B,)    0 if solved or terminated at a valid step, else 1
+#     next_observations  (B, O)  after the last valid step
 #     valid              (B, h)  0 for steps after the end of the episode, else 1
 #
 # A chunk whose last step is not valid has weight 0.
@@ -343,7 +343,7 @@ def critic_loss(nets, batch, target):
 
 
 def value_loss(nets, batch, xt, t, target, args):
-    """Flow consistency: a path of the flow goes through (x_t, t); V is the value of its end (B,).
+    """Flow consistency: a path of the flow goes through (x_t, t); target (B,) is its end's value.
 
     With q_agg min, each sample trains the smallest member only. With rho, V is the plain mean: the
     pessimism is in the target.
@@ -363,7 +363,7 @@ def policy_loss(nets, batch, x0, t, args):
 
 
 def total_loss(nets, batch, noise, args):
-    """The sum of the losses; each trains its own network only."""
+    """The sum of the losses, for one backward; each must train its own network only."""
     t = noise.value_t
     xt = (1 - t) * noise.value_x0 + t * batch.actions
     q_target, v_target = targets(nets, batch, noise.next_x0, xt, t, args)
