@@ -176,8 +176,10 @@ def draw_panel(axes, task, curves, runs, band):
         axes.vlines(steps, low, high, color=line.get_color())
     axes.set(title=task, xlabel="step", ylabel="success in %", ylim=(-3, 103))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if runs:
-        axes.set_xlim(0, 1.05 * max(max(points) for points in runs.values()))
+    if runs:  # to the published point behind the last evaluation
+        last = max(max(points) for points in runs.values())
+        behind = [step for curve in curves.values() for step in curve if step >= last]
+        axes.set_xlim(0, 1.05 * min(behind, default=last))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15), fontsize="small")
     axes.grid(alpha=0.3)
 
