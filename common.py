@@ -1012,7 +1012,7 @@ class Run:
                 hint = "start a new run with a lower learning rate"
                 raise Diverged(f"step {state['step']}: {name} is not finite; {hint}")
         with disk_errors(self.folder):
-            for path in self.folder.glob("*.csv"):  # their rows must not be younger on the disk
+            for path in self.folder.glob("*.csv"):  # rows reach the disk before the checkpoint
                 with open(path) as file:
                     os.fsync(file.fileno())
         file = io.BytesIO()

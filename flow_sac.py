@@ -126,8 +126,9 @@ class Args:
 
 
 # The authors' settings from scratch are the defaults in Args; these are theirs for a dataset of
-# OGBench (but for the noise when acting, 0.02), which they have for cube-double, -triple and
-# -quadruple. Locomotion needs no chunks. Pendulum's are our own, for a laptop.
+# OGBench (but for noise_std, which is 0.02 outside the policy's loss), which they have for
+# cube-double, -triple and -quadruple. Locomotion needs no chunks. Pendulum's are our own, for a
+# laptop.
 WITH_DATASET = dict(
     offline_steps=1_000_000,
     learning_starts=5_000,
