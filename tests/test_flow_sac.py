@@ -892,7 +892,7 @@ def test_a_seed_has_its_own_weights_noise_and_episodes(tmp_path, monkeypatch):
 
 def short_run(folder, **settings):
     """A run on a real environment; the networks and the logs."""
-    sizes = dict(hidden=(32, 32), policy_width=16, batch_size=32)
+    sizes = dict(hidden=(32, 32), policy_width=16, batch_size=32, eval_episodes=1)
     steps = dict(online_steps=300, learning_starts=200, eval_interval=150, log_interval=50)
     settings = {**sizes, **steps, **settings}
     make_env = lambda: flow_sac.make_env(flow_sac.Args(env=settings["env"]))

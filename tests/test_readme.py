@@ -44,12 +44,13 @@ def test_the_commands_parse(monkeypatch):
         module = importlib.import_module(script)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
         args = module.parse_args()
-        if args.env.startswith("visual-"):  # these render: see tests/test_pixels.py
+        if common.is_dataset(args.env):  # each of these takes a second to make
             common.resolve_task(args.env, args.task)
         else:
             module.make_env(args).close()
 
 
+@pytest.mark.slow
 def test_the_snippet_that_loads_a_policy_runs_as_it_stands():
     snippet = re.findall(r"^```python\n(.*?)^```", README, re.M | re.S)[-1]
     numbers = re.findall(r"-?\d\.\d*(?:e[+-]\d+)?", run(["-c", snippet], ROOT))
