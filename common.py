@@ -845,7 +845,8 @@ def cut_rows(path, step):
     if not "".join(lines[:1]).startswith("step,"):
         return
     rows = [row for row in lines[1:] if row.endswith("\n") and int(row.split(",")[0]) <= step]
-    write_file(path, "".join(lines[:1] + rows).encode())
+    if len(rows) < len(lines) - 1:
+        write_file(path, "".join(lines[:1] + rows).encode())
 
 
 def read_columns(path):
@@ -905,11 +906,12 @@ class Run:
             self.wandb.finish(exit_code=1 if error else 0)
         self.lock.release()
 
-    def begin(self, nets):
+    def begin(self, nets, last_step=math.inf):
         """Write config.json and return the last checkpoint, or None in a new run.
 
         The checkpoint's weights are loaded into `nets`, rows that were logged after it are removed,
-        and changed settings are printed.
+        and changed settings are printed. A run that has reached `last_step` keeps all its files as
+        they are: nothing will be done under today's settings.
         """
         checkpoint = None
         wandb_id = None
@@ -923,6 +925,8 @@ class Run:
             print_changes(before["args"], self.config["args"])
             names = ("script", "device", "dataset", "threads", "versions")
             print_changes(before, {name: self.config.get(name) for name in names})
+            if checkpoint["step"] >= last_step:
+                return checkpoint
         elif len(read_columns(self.folder / "eval.csv").get("step", [])) > 1:
             # A checkpoint follows each evaluation.
             hint = "remove its CSV files to start it again"
@@ -1020,15 +1024,23 @@ class Run:
         write_file(self.folder / "checkpoint.pt", file.getbuffer())
         self.saved_at = time.perf_counter()
 
-    def finish(self):
-        """Print the score, the mean of the last three evaluations as in the papers."""
+    def finish(self, switch=0):
+        """Print the score, the mean of the last three evaluations as in the papers.
+
+        switch: the last step of the offline phase; if the run went on, only those after it count.
+        """
         self.bar.close()
+        evaluations = read_columns(self.folder / "eval.csv")
+        steps = evaluations.get("step", np.zeros(0))
+        count = (steps > switch).sum() or len(steps)
+        count = min(3, count)
         means = []
-        for name, values in read_columns(self.folder / "eval.csv").items():
-            mean = values[-3:].mean()
+        for name, values in evaluations.items():
+            mean = values[len(values) - count :].mean()
             if name in ("success", "return", "length") and not np.isnan(mean):
                 means.append(f"{name} {mean:.4g}")
-        print(f"finished; mean of the last three evaluations: {', '.join(means)}")
+        last = ("", "last evaluation", "last two evaluations", "last three evaluations")[count]
+        print(f"finished; mean of the {last}: {', '.join(means)}")
 
     def plot(self, unit="updates", switch=0):
         """Draw curve.png from the CSV files; `unit` is what their `step` counts.

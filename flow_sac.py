@@ -757,7 +757,7 @@ def train(args, dataset, env, eval_env, run):
     starts_uniform = len(dataset) == 0
     metrics = {}  # of the last updates in this phase
     last_step = args.offline_steps + args.online_steps
-    checkpoint = run.begin(nets)
+    checkpoint = run.begin(nets, last_step)
     if checkpoint:
         step = checkpoint["step"]
         metrics = checkpoint["metrics"]
@@ -857,7 +857,7 @@ def train(args, dataset, env, eval_env, run):
                 generator=generator.get_state(),
                 collected=dataset.collected(),
             )
-    run.finish()
+    run.finish(switch=args.offline_steps)
     return nets
 
 

@@ -598,7 +598,7 @@ def train(args, dataset, env, eval_env, run):
 
     step = 0  # updates so far; online, each follows one step in the environment
     last_step = args.offline_steps + args.online_steps
-    checkpoint = run.begin(nets)
+    checkpoint = run.begin(nets, last_step)
     if checkpoint:
         step = checkpoint["step"]
         # Adam's averages only: the learning rate is this run's --lr.
@@ -673,7 +673,7 @@ def train(args, dataset, env, eval_env, run):
                 generator=generator.get_state(),
                 collected=dataset.collected(),
             )
-    run.finish()
+    run.finish(switch=args.offline_steps)
     return nets
 
 

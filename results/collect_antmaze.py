@@ -5,8 +5,8 @@
 An episode starts in a random cell and goes to one random goal after the other (hallways are no
 goals), along the environment's own shortest paths. A SAC expert for online-ant-xy-v0, whose weights
 are beside this file, walks in the direction that it is told, with Gaussian noise of 0.2 on the
-actions. This is not the official file: say so beside every number that comes from it.
-A million transitions of antmaze-large took 208 s on two cores.
+actions. The result is not the official file: say so beside every number that comes from it.
+A million transitions of antmaze-large took 208 s on two cores; an interrupted collection is lost.
 """
 
 import math
@@ -124,3 +124,5 @@ if __name__ == "__main__":
         main()
     except common.UserError as error:
         sys.exit(f"collect_antmaze.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

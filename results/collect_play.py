@@ -6,7 +6,8 @@
 An episode of 1,001 steps is one random task after the other, each carried out by OGBench's own
 scripted oracle with smooth noise of 0.1 on its plan. The official files have a thousand episodes
 or, for the largest environments, more. On pixels, a thousand episodes need 25 GB of memory and 36
-hours of a core. This is not the official file: say so beside every number that comes from it.
+hours of a core. Nothing is written before the end: an interrupted collection is lost. The result
+is not the official file: say so beside every number that comes from it.
 """
 
 import functools
@@ -69,7 +70,6 @@ def play(env, oracles, rng, env_id):
     """One episode: a list of rows (name -> value) of OGBench's layout."""
     seed = int(rng.integers(2**31))
     np.random.seed(seed)  # environment and oracles draw from NumPy's global generator
-    env.action_space.seed(seed)
     obs, info = env.reset(seed=seed)
     low, high = STACKING.get(env_id.split("-")[-2], (0.5, 0.5))
     p_stack = rng.uniform(low, high)
@@ -157,3 +157,5 @@ if __name__ == "__main__":
         main()
     except common.UserError as error:
         sys.exit(f"collect_play.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

@@ -27,14 +27,11 @@ from matplotlib.ticker import EngFormatter
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import wilson  # noqa: E402
-from table import summarise  # noqa: E402
+from table import summarise, task_number  # noqa: E402
 
 import common  # noqa: E402
 
 PUBLISHED = Path(__file__).parent / "published"
-
-# OGBench's default task of an environment, by the beginning of its name; elsewhere it is task 1.
-DEFAULT_TASKS = {"cube": 2, "scene": 2, "puzzle-3x3": 4, "puzzle-4x4": 4, "antsoccer": 4}
 
 # The columns of a published file's band, and what they are.
 BANDS = {
@@ -52,6 +49,11 @@ def choose(flag, name, names, path):
         closest = ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0))
         raise common.UserError(f"{flag} {name}: not in {path}; closest: {closest}")
     return name
+
+
+def is_evaluated(folder):
+    """Whether eval.csv is there and has a row."""
+    return len(common.read_columns(folder / "eval.csv")) > 0
 
 
 def read(folder, column):
@@ -101,15 +103,8 @@ def task_of(folder):
     args = common.read_config(folder)["args"]
     if not common.is_dataset(args["env"]):
         raise common.UserError(f"{folder}: its environment, {args['env']}, is not OGBench's")
-    full_name, _, _ = common.resolve_task(args["env"], args["task"])
-    name = short_name(full_name)
-    if re.search(r"-task\d$", name):
-        return name
-    number = 1
-    for beginning, default in DEFAULT_TASKS.items():
-        if name.startswith(beginning):
-            number = default
-    return f"{name}-task{number}"
+    _, dataset_name, _ = common.resolve_task(args["env"], args["task"])
+    return f"{short_name(dataset_name)}-task{task_number(args['env'], args['task'])}"
 
 
 def read_published(path):
@@ -198,7 +193,7 @@ def compare(folders, out, published, task, method):
     for name in task:
         panels[choose("--task", short_name(name), tasks, path)] = {}
     for folder in folders:
-        if (folder / "eval.csv").is_file():
+        if is_evaluated(folder):
             name = choose(f"{folder}:", task_of(folder), tasks, path)
             if task and name not in panels:
                 raise common.UserError(f"{folder}: its task {name} is not among those of --task")
@@ -248,7 +243,7 @@ def main(
         raise common.UserError("--task and --method need --published")
     groups = {}  # path, with --mean without its -seedN -> runs
     for folder in folders:
-        if (folder / "eval.csv").is_file():
+        if is_evaluated(folder):
             path = folder.resolve()
             if mean:
                 path = path.with_name(re.sub(r"-seed\d+$", "", path.name))

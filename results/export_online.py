@@ -17,7 +17,9 @@ import common  # noqa: E402
 
 
 def main(run: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]):
-    """run: folder of the run; out: the npz file."""
+    """run: folder of the run; out: the npz file, which must not exist yet."""
+    if out.exists():
+        raise common.UserError(f"{out}: exists already")
     args = common.read_config(run)["args"]
     collected = common.read_checkpoint(run).get("collected", {})
     if len(collected.get("valids", [])) == 0:

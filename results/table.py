@@ -4,11 +4,12 @@
     python results/table.py runs/* --over-tasks
 
 A run's score is the mean of its last three evaluations, as in the papers: the success rate or,
-where the environment has no success, the return. The interval is the 95% bootstrap interval of the
-mean over seeds. "settings" lists only those that differ from the script's defaults for the
+where the environment has no success, the return. (Of a run that went online, those of its online
+phase count; if there are fewer than three, these.) The interval is the 95% bootstrap interval of
+the mean over seeds. "settings" lists only those that differ from the script's defaults for the
 environment. Prints Markdown. What is left out is named on stderr: folders without a run, unfinished
-runs, and of two runs with the same settings and seed the one that was evaluated first. Rows whose
-runs had different datasets are named there too.
+runs, and of two runs with the same settings, seed and dataset the one that was evaluated first.
+Rows whose runs had different datasets are named there too.
 
 With --over-tasks, a second table has a row for each method: over all its tasks and seeds, the
 interquartile mean and its 95% stratified bootstrap interval, as rliable (https://arxiv.org/abs/2108.13264)
@@ -43,6 +44,17 @@ IGNORED = (
 COLUMNS = "environment task method settings steps seeds score low high".split()
 
 
+# OGBench's default task of an environment, by the beginning of its name; elsewhere it is task 1.
+DEFAULT_TASKS = {
+    "cube": 2,
+    "scene": 2,
+    "puzzle-3x3": 4,
+    "puzzle-4x4": 4,
+    "puzzle-4x5": 2,
+    "puzzle-4x6": 2,
+    "antsoccer": 4,
+}
+
 # A run's script -> the module with its defaults, and the method's name.
 SCRIPTS = {
     "qflow.py": (qflow, "Q-Flow"),
@@ -57,6 +69,18 @@ def most_similar_script(args):
     if "lam" in args:
         return "qflow.py"
     return "fql.py" if "alpha" in args else "flow_sac.py"
+
+
+def task_number(env, task):
+    """The number of the task that --env and --task name; 0 is the default one. Raises UserError."""
+    name, dataset_name, _ = common.resolve_task(env, task)
+    suffix = name.removesuffix("-v0").partition("-singletask")[2]
+    if suffix:
+        return int(suffix.removeprefix("-task"))
+    for beginning, default in DEFAULT_TASKS.items():
+        if dataset_name.removeprefix("visual-").startswith(beginning):
+            return default
+    return 1
 
 
 def changed_settings(args, module, is_copy):
@@ -116,9 +140,8 @@ def read_run(folder):
     environment = args["env"]
     task = ""
     if common.is_dataset(environment):
-        name, environment, _ = common.resolve_task(environment, args["task"])
-        task = name.removesuffix("-v0").partition("-singletask")[2].removeprefix("-task")
-        task = task or "default"
+        task = str(task_number(environment, args["task"]))
+        _, environment, _ = common.resolve_task(environment, args["task"])
     settings = dict(args)
     if script == "flow_sac.py":
         method += f", {settings.pop('policy')}"
@@ -131,6 +154,8 @@ def read_run(folder):
     changed = changed_settings(settings, module, is_copy)
     key = (environment, task, method, changed, " + ".join(phases))
 
+    if online_steps > 0:
+        rows = [row for row in rows if int(row["step"]) > offline_steps]
     has_success = rows[-1]["success"] != "nan"
     column = "success" if has_success else "return"
     score = np.mean([float(row[column]) for row in rows[-3:]])
@@ -173,7 +198,7 @@ def print_over_tasks(groups):
     methods = {}  # method -> (environment, task) -> scores, one array for each settings and steps
     for (environment, task, method, _, _, has_success), runs in groups.items():
         if has_success:
-            scores = [score for _, score, _ in runs.values()]
+            scores = [score for _, score in runs.values()]
             methods.setdefault(method, {}).setdefault((environment, task), []).append(scores)
     print("\n| method | tasks | seeds | interquartile mean | 95% |")
     print("| --- | --- | --- | --- | --- |")
@@ -210,7 +235,7 @@ def main(
         out: also write the table there, as CSV
         over_tasks: also print a table over the tasks of each method
     """
-    groups = {}  # what a row is for -> seed -> (folder, score, dataset)
+    groups = {}  # what a row is for -> (seed, dataset) -> (folder, score)
     for folder in sorted(folders, key=lambda folder: folder.name):
         try:
             key, has_success, seed, score, dataset = read_run(folder)
@@ -218,21 +243,21 @@ def main(
             print(f"left out: {folder}: {error}", file=sys.stderr)
             continue
         runs = groups.setdefault((*key, has_success), {})
-        if seed in runs:
-            other, _, _ = runs[seed]
+        if (seed, dataset) in runs:
+            other, _ = runs[seed, dataset]
             older, newer = sorted([other, folder], key=evaluated_at)
-            reason = f"{newer}, same settings and seed, was evaluated later"
+            reason = f"{newer}, same settings, seed and dataset, was evaluated later"
             print(f"left out: {older}: {reason}", file=sys.stderr)
             if newer == other:
                 continue
-        runs[seed] = (folder, score, dataset)
+        runs[seed, dataset] = (folder, score)
 
     table = []
     print(f"| {' | '.join(COLUMNS[:-2])} | 95% |")
     print("| --- " * (len(COLUMNS) - 1) + "|")
     for (*key, has_success), runs in sorted(groups.items()):
-        scores = [score for _, score, _ in runs.values()]
-        datasets = {str(dataset) for _, _, dataset in runs.values()}
+        scores = [score for _, score in runs.values()]
+        datasets = {str(dataset) for _, dataset in runs}
         if len(datasets) > 1:
             row = ", ".join(key[:3])
             print(f"several datasets: {row}: {'; '.join(sorted(datasets))}", file=sys.stderr)

@@ -757,8 +757,16 @@ def test_run_folder(tmp_path, capsys):
         state = common.read_checkpoint(run.folder)
         assert state["step"] == 2 and torch.equal(state["nets"]["weight"], nets.weight)
         run.finish()
-    printed = capsys.readouterr().out
-    assert printed == "finished; mean of the last three evaluations: return -3, length 9\n"
+        for switch in (0, 1, 2, 3):
+            run.finish(switch)
+    whole, *after_switch = capsys.readouterr().out.splitlines()
+    assert whole == "finished; mean of the last three evaluations: return -3, length 9"
+    assert after_switch == [
+        whole,
+        "finished; mean of the last two evaluations: return -3, length 9",
+        "finished; mean of the last evaluation: return -3, length 9",
+        whole,  # it did not go on
+    ]
     names = {path.name for path in run.folder.iterdir()}
     files = {"config.json", "train.csv", "eval.csv", "curve.png", "checkpoint.pt"}
     assert names - {".lock"} == files

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gymnasium
 import pytest
 import tyro
 from matplotlib.axes import Axes
@@ -86,8 +85,9 @@ def test_each_task_has_a_panel_and_its_own_numbers(call, make_run, tmp_path):
     default = make_run("default", 0, {50_000: 0.9})  # task 4
     unevaluated = make_run("unevaluated", 1, {})
     (unevaluated / "eval.csv").unlink()
+    restarted = make_run("restarted", 1, {})  # whose only row was cut
     words = ["--published", "qam", "--method", "FQL", "--method", "FBRAC"]
-    _, _, *rows = call(*words, *runs, default, unevaluated)
+    _, _, *rows = call(*words, *runs, default, unevaluated, restarted)
     found = {(row[0][-1], row[1], row[5]) for row in rows}
     expected = {("4", method, "default") for method in ("FQL", "FBRAC")}
     for task in "124":
@@ -106,18 +106,6 @@ def test_the_task_may_be_given_as_the_files_or_the_scripts_have_it(call, make_ru
         assert row[0] == "puzzle-3x3-play-task2"
     _, _, *rows = call("--published", "qc", "--task", task, "--method", "FQL")
     assert rows == []  # a picture of the published curve alone
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(curves.DEFAULT_TASKS) | {"antmaze", "humanoidmaze"}))
-def test_the_default_task_is_ogbenchs(make_run, name):
-    names = [full_name for full_name in common.single_tasks() if full_name.startswith(name)]
-    full_name = min(full_name for full_name in names if "-task" not in full_name)
-    _, env_id = common.single_tasks()[full_name]
-    with gymnasium.make(env_id) as env:
-        number = env.unwrapped._reward_task_id
-    run = make_run("RUN", 0, {}, env=full_name)
-    assert curves.task_of(run).endswith(f"-task{number}")
 
 
 @pytest.mark.parametrize(

@@ -230,8 +230,11 @@ def test_going_online_later_is_going_online_at_once(script, call, whole, copy_of
     assert printed.count("changed: ") == 1 and "changed: online_steps 0 -> 30\n" in printed
     assert_same_run(later, at_once)
     assert len(common.read_checkpoint(later)["collected"]["valids"]) == 32
+    files = {path.name: path.read_bytes() for path in later.iterdir()}
+    capsys.readouterr()
     call(script, "--resume", later, "--online-steps", 20)  # fewer than there are: nothing to do
-    assert common.read_checkpoint(later)["step"] == 70
+    assert {path.name: path.read_bytes() for path in later.iterdir()} == files
+    assert "finished; mean of the last two evaluations: success" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("policy", ["flow-t", "gaussian"])

@@ -6,6 +6,7 @@ import os
 import sys
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 
@@ -70,15 +71,43 @@ def test_the_score_is_that_of_the_last_three_evaluations_and_the_mean_over_seeds
         means.append(100 * np.mean(scores[1:]))
     write_run(runs / "q9", qflow, [0.5], **{**settings, "seed": 0, "lam": 7.0})
     write_run(runs / "t3", qflow, [0.2], **{**settings, "seed": 0, "task": 3})
-    (task, row, lam), errors = make_table()
+    (row, lam, task), errors = make_table()
     assert errors == ""
-    assert (row["environment"], row["task"], row["method"]) == (NAME, "default", "Q-Flow")
+    assert (row["environment"], row["task"], row["method"]) == (NAME, "1", "Q-Flow")
     assert (row["settings"], row["steps"], row["seeds"]) == ("", "12,000 offline", "3")
     assert np.isclose(float(row["score"]), np.mean(means))
     assert min(means) <= float(row["low"]) < np.mean(means) < float(row["high"]) <= max(means)
     assert (lam["settings"], lam["seeds"], lam["low"]) == ("lam=7.0", "1", "nan")
     assert np.isclose(float(lam["score"]), 50)
     assert (task["task"], task["seeds"]) == ("3", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted({*table.DEFAULT_TASKS, "antmaze", "humanoidmaze"}))
+def test_the_default_task_is_ogbenchs(name):
+    names = [full_name for full_name in common.single_tasks() if full_name.startswith(name)]
+    full_name = min(full_name for full_name in names if "-task" not in full_name)
+    _, env_id = common.single_tasks()[full_name]
+    with gymnasium.make(env_id) as env:
+        assert table.task_number(full_name, 0) == env.unwrapped._reward_task_id
+
+
+def test_the_number_of_a_task(runs, make_table):
+    assert table.task_number("visual-cube-single-play-v0", 0) == 2
+    for env, task in (("scene-play-v0", 3), ("scene-play-singletask-task3-v0", 0)):
+        assert table.task_number(env, task) == 3
+    for seed, task in enumerate([0, 4]):  # the same task
+        settings = dict(env="puzzle-3x3-play-v0", task=task, seed=seed, offline_steps=100)
+        write_run(runs / str(task), fql, [0.5], **settings)
+    (row,), errors = make_table()
+    assert (row["task"], row["seeds"], errors) == ("4", "2", "")
+
+
+def test_of_a_run_that_went_online_its_online_phase_counts(runs, make_table):
+    settings = {**fql.SETTINGS["pointmaze"], "offline_steps": 50, "online_steps": 50}
+    write_run(runs / "run", fql, [0.1, 0.1, 0.5, 0.9], **settings)  # at 25, 50, 75, 100
+    (row,), _ = make_table()
+    assert np.isclose(float(row["score"]), 70)
 
 
 def test_methods_phases_and_returns_have_rows_of_their_own(runs, make_table):
@@ -146,13 +175,14 @@ def test_a_table_that_cannot_be_written(tmp_path):
 
 def test_a_row_with_several_datasets_is_named(runs, make_table):
     settings = {**fql.SETTINGS["pointmaze"], "offline_steps": 100}
-    for seed, dataset in enumerate(["official", "collected", "official"]):
-        path = runs / str(seed) / "config.json"
+    for number, dataset in enumerate(["official", "collected", "official"]):
+        path = runs / str(number) / "config.json"
+        seed = max(0, number - 1)  # 0, 0, 1: the same seed on two datasets is no duplicate
         write_run(path.parent, fql, [0.5], seed=seed, **settings)
         path.write_text(json.dumps(dict(json.loads(path.read_text()), dataset=dataset)))
     (row,), errors = make_table()
     assert row["seeds"] == "3"
-    assert errors == f"several datasets: {NAME}, default, FQL: collected; official\n"
+    assert errors == f"several datasets: {NAME}, 1, FQL: collected; official\n"
 
 
 def test_what_is_left_out_is_named(runs, make_table):
@@ -172,7 +202,7 @@ def test_what_is_left_out_is_named(runs, make_table):
     (row,), errors = make_table()
     assert (row["seeds"], float(row["score"])) == ("1", 60)
     for older in ("run_a", "run_c"):
-        newer = f"{runs / 'run_b'}, same settings and seed, was evaluated later"
+        newer = f"{runs / 'run_b'}, same settings, seed and dataset, was evaluated later"
         assert f"left out: {runs / older}: {newer}\n" in errors
     assert "unfinished: at step 50 of 100" in errors
     assert "cut: the last row of eval.csv is incomplete" in errors

@@ -97,7 +97,7 @@ def train(
     width = 64 if policy == "flow-t" else 128
     flags = f"""--env HalfCheetah-v5 --policy {policy} --policy-width {width} --hidden 256 256
         --batch-size 256 --online-steps {online_steps} --learning-starts {learning_starts}
-        --eval-interval 10000 --eval-episodes 10 --run-dir {RUNS / condition / policy}"""
+        --eval-interval 10000 --eval-episodes 10 --start-or-resume {RUNS / condition / policy}"""
     if compile:
         flags += " --compile"
     if condition != "drift":
@@ -149,9 +149,9 @@ def measure(
     for column, condition in enumerate(CONDITIONS):
         impose(condition)
         for policy in COLORS:
-            if not (RUNS / condition / policy).exists():
+            folder = RUNS / condition / policy
+            if not folder.exists():
                 continue
-            (folder,) = (RUNS / condition / policy).iterdir()
             norms = [gradient_norm(folder, k, obs) for k in steps]
             with open(folder / "train.csv") as file:
                 rows = list(csv.DictReader(file))

@@ -52,6 +52,8 @@ def print_table(nets, args, data, with_policy=True):
     others = {}  # the name of a row -> a list of Q, one for each number in STEPS
     generator = torch.Generator().manual_seed(0)
     for i in solutions:
+        if i < max(STEPS):
+            continue
         is_whole = data.valids[rows[i] - max(STEPS) : rows[i]].all()  # in one episode
         if not is_whole or solved[i - max(STEPS) : i].any():
             continue
@@ -100,7 +102,9 @@ def main(run: tyro.conf.Positional[Path], dataset: tyro.conf.Positional[Path]):
     """run: a folder with a checkpoint; dataset: the npz file that it was trained on."""
     script = qflow if common.read_config(run)["script"] == "qflow.py" else fql
     nets, args = script.load(run)
-    _, _, env_id = common.resolve_task(args.env, args.task)
+    name, _, env_id = common.resolve_task(args.env, args.task)
+    if not name.startswith("puzzle-3x3-"):
+        raise common.UserError(f"{run}: is not of puzzle-3x3 but of {name}")
     data, _ = common.load_dataset(dataset, env_id, "cpu", args.sparse)
     print_table(nets, args, data, with_policy=hasattr(nets, "one_step"))
 

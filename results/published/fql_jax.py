@@ -264,8 +264,8 @@ def main(run: tyro.conf.Positional[Path], dataset: Path, seed: int = 0, lockstep
             f"{run}: only runs with q_agg mean and without rho, normalize_q_loss or online steps "
             "can be repeated here"
         )
-    if name.startswith("visual-"):
-        raise common.UserError(f"{run}: only runs on states can be repeated here, not {name}")
+    if not name.startswith("puzzle-3x3-"):
+        raise common.UserError(f"{run}: only runs of puzzle-3x3 can be repeated here, not {name}")
     rows, _ = common.load_dataset(dataset, env_id, "cpu", args.sparse)
     data = load(dataset, env_id, args.sparse)
     action_dim = args.horizon * data["actions"].shape[1]
