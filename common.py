@@ -873,6 +873,7 @@ class Run:
         self.track = track
         self.wandb = None
         self.bar = None
+        self.how_to_resume = "start it again to go on"
         self.shown = {}  # beside the progress bar
         self.columns = {}  # of each CSV file
         self.saved_at = time.perf_counter()
@@ -901,17 +902,17 @@ class Run:
             self.bar.close()
             can_resume = (self.folder / "checkpoint.pt").exists() and error_type is not Diverged
             if error and can_resume:
-                print(f"stopped; resume with --resume {self.folder}", file=sys.stderr)
+                print(f"stopped; {self.how_to_resume}", file=sys.stderr)
         if self.wandb:
             self.wandb.finish(exit_code=1 if error else 0)
         self.lock.release()
 
-    def begin(self, nets, last_step=math.inf):
+    def begin(self, nets):
         """Write config.json and return the last checkpoint, or None in a new run.
 
         The checkpoint's weights are loaded into `nets`, rows that were logged after it are removed,
-        and changed settings are printed. A run that has reached `last_step` keeps all its files as
-        they are: nothing will be done under today's settings.
+        and changed settings are printed. `save` will write these to config.json: until then they
+        have done nothing.
         """
         checkpoint = None
         wandb_id = None
@@ -925,8 +926,6 @@ class Run:
             print_changes(before["args"], self.config["args"])
             names = ("script", "device", "dataset", "threads", "versions")
             print_changes(before, {name: self.config.get(name) for name in names})
-            if checkpoint["step"] >= last_step:
-                return checkpoint
         elif len(read_columns(self.folder / "eval.csv").get("step", [])) > 1:
             # A checkpoint follows each evaluation.
             hint = "remove its CSV files to start it again"
@@ -939,8 +938,13 @@ class Run:
             wandb_id = self.wandb.id
         if wandb_id:  # the folder's name would not do: another sweep may have had the same
             self.config["wandb_id"] = wandb_id
-        write_file(self.folder / "config.json", json.dumps(self.config, indent=2).encode())
+        if not checkpoint:
+            self.save_config()
         return checkpoint
+
+    def save_config(self):
+        """Write config.json."""
+        write_file(self.folder / "config.json", json.dumps(self.config, indent=2).encode())
 
     def start_clock(self, step):
         """Count the next `speed` from here."""
@@ -1010,7 +1014,7 @@ class Run:
         return time.perf_counter() > self.saved_at + 300
 
     def save(self, **state):
-        """Replace checkpoint.pt by `state`: `step`, `nets` and more."""
+        """Replace checkpoint.pt by `state`: `step`, `nets` and more; config.json by this run's."""
         for name, tensor in state["nets"].items():
             if not tensor.isfinite().all():
                 hint = "start a new run with a lower learning rate"
@@ -1019,6 +1023,7 @@ class Run:
             for path in self.folder.glob("*.csv"):  # rows reach the disk before the checkpoint
                 with open(path) as file:
                     os.fsync(file.fileno())
+        self.save_config()
         file = io.BytesIO()
         torch.save(state, file)
         write_file(self.folder / "checkpoint.pt", file.getbuffer())
@@ -1040,7 +1045,7 @@ class Run:
             if name in ("success", "return", "length") and not np.isnan(mean):
                 means.append(f"{name} {mean:.4g}")
         last = ("", "last evaluation", "last two evaluations", "last three evaluations")[count]
-        print(f"finished; mean of the {last}: {', '.join(means)}")
+        print(f"finished; mean of the {last}: {', '.join(means)}" if means else "finished")
 
     def plot(self, unit="updates", switch=0):
         """Draw curve.png from the CSV files; `unit` is what their `step` counts.
@@ -1088,10 +1093,12 @@ def start_run(script, name, args, description, device):
     folder = old_folder
     if not folder:
         started = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # several may start in one second
-        folder = Path(args.run_dir) / f"{name}__{script.stem}__{args.seed}__{started}"
+        own_name = name.replace("/", "-")  # of a Gymnasium id's namespace
+        folder = Path(args.run_dir) / f"{own_name}__{script.stem}__{args.seed}__{started}"
     config = dict(script=script.name, args=vars(args), device=device.type, dataset=description)
     lock_seconds = 300 if args.start_or_resume else 0  # a requeued job's last process may yet end
     run = Run(folder, config, bool(old_folder), args.track, lock_seconds)
+    run.how_to_resume = f"resume with --resume {run.folder}"
     warn_of_cpu_quota()
     print(f"{name}: {description}")
     print("settings:", ", ".join(f"{name}={value}" for name, value in vars(args).items()))

@@ -757,7 +757,7 @@ def train(args, dataset, env, eval_env, run):
     starts_uniform = len(dataset) == 0
     metrics = {}  # of the last updates in this phase
     last_step = args.offline_steps + args.online_steps
-    checkpoint = run.begin(nets, last_step)
+    checkpoint = run.begin(nets)
     if checkpoint:
         step = checkpoint["step"]
         metrics = checkpoint["metrics"]
@@ -839,7 +839,9 @@ def train(args, dataset, env, eval_env, run):
             seed = args.seed + step
             eval_generator = torch.Generator(device).manual_seed(seed)
             policy = partial(act, nets, args=args, generator=eval_generator)
+            random_state = np.random.get_state()  # of an online episode in `env`
             results = evaluate(policy, eval_env, args.eval_episodes, seed)
+            np.random.set_state(random_state)
             row = dict(step=step, episodes=args.eval_episodes)
             for name, values in results.items():
                 row[name] = values.mean().item()
@@ -896,7 +898,7 @@ def check_args(args):
         raise common.UserError(
             f"--learning-starts {args.learning_starts}: must be below --online-steps"
         )
-    if args.offline_steps == 0 and args.learning_starts < args.horizon - 1:
+    if not common.is_dataset(args.env) and args.learning_starts < args.horizon - 1:
         raise common.UserError(
             f"--learning-starts {args.learning_starts}: a chunk has {args.horizon} steps"
         )
@@ -906,6 +908,9 @@ def check_args(args):
         raise common.UserError("--policy gaussian: needs --noise-std 0 and --offline-steps 0")
     if args.env.startswith("visual-"):
         raise common.UserError(f"--env {args.env}: pixels are for fql.py only")
+    for names, settings in SETTINGS.items():
+        if re.match(names, args.env) and "offline_steps" in settings:
+            common.resolve_task(args.env, args.task)  # raises for an id without a dataset
 
 
 def get_dataset(args, env, device):
@@ -1030,6 +1035,7 @@ def choose_device(name):
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, float64 actions
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's signal: like Ctrl-C
+    sys.stdout.reconfigure(line_buffering=True)  # in a file, too, lines appear at once
     try:
         main()
     except common.UserError as error:

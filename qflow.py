@@ -475,7 +475,7 @@ def train(args, dataset, env, eval_env, run):
 
     step = 0  # updates so far; online, each follows one step in the environment
     last_step = args.offline_steps + args.online_steps
-    checkpoint = run.begin(nets, last_step)
+    checkpoint = run.begin(nets)
     if checkpoint:
         step = checkpoint["step"]
         # Adam's averages only: the learning rate is this run's --lr.
@@ -531,7 +531,9 @@ def train(args, dataset, env, eval_env, run):
             seed = args.seed + step
             eval_generator = torch.Generator(device).manual_seed(seed)
             policy = partial(act, nets, args=args, generator=eval_generator)
+            random_state = np.random.get_state()  # of an online episode in `env`
             results = evaluate(policy, eval_env, args.eval_episodes, seed)
+            np.random.set_state(random_state)
             row = dict(step=step, episodes=args.eval_episodes)
             for name, values in results.items():
                 row[name] = values.mean().item()
@@ -685,6 +687,7 @@ def choose_device(name):
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, float64 actions
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's signal: like Ctrl-C
+    sys.stdout.reconfigure(line_buffering=True)  # in a file, too, lines appear at once
     try:
         main()
     except common.UserError as error:

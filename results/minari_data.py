@@ -274,8 +274,7 @@ def main():
         raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")
     env = TransformReward(make_env(args), lambda reward: training_reward(args.env, reward))
     eval_env = make_env(args)
-    name = args.env.replace("/", "-")
-    with common.start_run(script.__file__, name, args, description, device) as run:
+    with common.start_run(script.__file__, args.env, args, description, device) as run:
         run.config["environment"] = Path(__file__).name  # evaluate.py calls its make_env
         script.train(args, dataset, env, eval_env, run)
         if has_score:
@@ -288,6 +287,7 @@ def main():
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", module="glfw|gymnasium")  # no display, float64 spaces
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's signal: like Ctrl-C
+    sys.stdout.reconfigure(line_buffering=True)  # in a file, too, lines appear at once
     try:
         main()
     except (common.UserError, MemoryError) as error:

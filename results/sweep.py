@@ -155,7 +155,7 @@ def full_name(script, args):
     if args.task:
         raise common.UserError(f"--tasks {args.task}: --env {args.env} is not an OGBench dataset")
     script.make_env(args).close()
-    return args.env
+    return args.env.replace("/", "-")
 
 
 def check_settings(folder, args):
@@ -240,13 +240,12 @@ def run_job(command, environment, folder):
     """
     if sys.platform == "linux":  # else Ray starts a job again that has outlived its worker
         command = [sys.executable, "-c", DIE_WITH_PARENT, *command]
-    always = dict(TQDM_DISABLE="1", PYTHONUNBUFFERED="1")  # or its error comes before the rest
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / "output.txt"
     with open(output, "ab") as file:
         result = subprocess.run(
             command,
-            env={**os.environ, **always, **environment},
+            env={**os.environ, "TQDM_DISABLE": "1", **environment},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -133,6 +133,7 @@ WRONG = [  # script, flags, words of the message
         "--learning-starts 5000: must be below --online-steps",
     ),
     ("flow_sac", "--learning-starts 2 --horizon 5", "--learning-starts 2: a chunk has 5 steps"),
+    ("flow_sac", "--env cube-double-v0", "no such environment; closest: cube-double-"),
     ("flow_sac", "--policy-width 3", "--policy-width 3: must be 0 or at least 4"),
     ("flow_sac", "--policy gaussian --noise-std 0.1", "--policy gaussian: needs --noise-std 0"),
     (
@@ -371,9 +372,9 @@ def test_what_changes_on_resume_is_printed(finished, start, refused, capsys):
     lam = qflow.SETTINGS["pointmaze"]["lam"]
     assert f"changed: lam {lam} -> 7.0\n" in printed
     assert "changed: log_interval 1 -> 3\n" in printed and "offline_steps 4 ->" not in printed
-    assert qflow.load(run)[1].lam == 7
+    assert qflow.load(run)[1].lam == lam  # it was finished: nothing has been done with the new one
     start("qflow", "--start-or-resume", run, "--lam", 8)
-    assert "changed: lam 7.0 -> 8.0\n" in capsys.readouterr().out
+    assert f"changed: lam {lam} -> 8.0\n" in capsys.readouterr().out
     for flags in (["--hidden", 8, 8, 8], ["--hidden", 9, 9], ["--num-critics", 3]):
         refused("qflow", "--resume", run, *flags, says=["the checkpoint is of other networks"])
     qflow.load(run)  # a refused change leaves the run as it was

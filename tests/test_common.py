@@ -834,6 +834,8 @@ def test_what_changes_in_a_resumed_run_is_printed(tmp_path, capsys):
     other = dict(CONFIG, args=args, device="cuda", dataset="6 transitions")
     with common.Run(tmp_path / "run", other, resume=True) as run:
         run.begin(NETS)
+        assert common.read_config(run.folder)["args"] == CONFIG["args"]  # they have done nothing
+        run.save(step=2, nets=NETS.state_dict(), generator=None)
     assert capsys.readouterr().out.splitlines() == [
         "changed: lam 1.0 -> 3.0",
         "changed: new None -> 4",
@@ -874,9 +876,12 @@ def test_start_run_resume_and_start_or_resume(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cpu = torch.device("cpu")
 
-    def start(**changes):
-        return common.start_run("/x/fql.py", NAME, start_args(**changes), "5 transitions", cpu)
+    def start(name=NAME, **changes):
+        return common.start_run("/x/fql.py", name, start_args(**changes), "5 transitions", cpu)
 
+    with start("my_project/MyEnv-v0") as run:  # not a folder in a folder
+        assert run.folder.parent == Path("runs")
+        assert run.folder.name.startswith("my_project-MyEnv-v0__fql__3__")
     with start() as run, start() as other:  # in the same second, that is
         assert re.fullmatch(rf"{NAME}__fql__3__\d{{8}}-\d{{6}}-\d{{6}}", run.folder.name)
         assert other.folder != run.folder
@@ -989,7 +994,7 @@ def test_what_has_diverged_is_not_to_be_resumed(tmp_path, capsys, error, can_res
         run.show_progress(0, 1, "updates")
         run.save(step=1, nets={})
         raise error
-    assert ("resume with --resume" in capsys.readouterr().err) == can_resume
+    assert ("stopped; start it again to go on" in capsys.readouterr().err) == can_resume
     assert common.read_checkpoint(run.folder)["step"] == 1
 
 

@@ -1,5 +1,8 @@
 """Environments of one's own, and the device."""
 
+import subprocess
+import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import gymnasium
@@ -203,6 +206,35 @@ def test_episodes_of_ogbench_follow_from_the_seed_alone(maze):
     assert len(np.unique(first[::250], axis=0)) == 3  # starts
     if maze == "teleport":
         assert np.abs(np.diff(first, axis=0)).max(1)[:249].max() > 3  # somebody was teleported
+
+
+PLAY = """
+import hashlib
+import gymnasium
+import numpy as np
+import ogbench
+import qflow
+
+hash = hashlib.sha256()
+for name in ("cube-single", "scene", "puzzle-3x3"):
+    env = gymnasium.make(f"{name}-singletask-task2-v0")
+    for seed in (1, 2):
+        hash.update(qflow.reset(env, seed).tobytes())
+        for action in np.random.default_rng(seed).uniform(-1, 1, (40, 5)):
+            hash.update(env.step(action)[0].tobytes())
+print(hash.hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_an_episode_of_a_robot_arm_follows_from_its_seed_in_each_process():
+    # OGBench's reset tries random actions that no seed reaches; nothing of them may remain.
+    root = Path(__file__).parent.parent
+    outputs = {
+        subprocess.run([sys.executable, "-c", PLAY], cwd=root, capture_output=True).stdout
+        for _ in range(2)
+    }
+    assert len(outputs) == 1 and len(outputs.pop()) == 65
 
 
 # ------------------------------------------------------------------------------------- device

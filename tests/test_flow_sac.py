@@ -876,6 +876,19 @@ def test_the_second_offline_update_has_noise_of_its_own(tmp_path, monkeypatch):
     assert torch.equal(batch.rewards, batch.valid @ torch.tensor([1.0, 0.5]))
 
 
+def test_evaluating_does_not_change_what_an_episode_draws_from_numpy(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.Run, "plot", lambda self, unit, switch: None)
+    random_reward = lambda reward: np.random.random()
+    make_env = lambda: gymnasium.wrappers.TransformReward(Counter(), random_reward)
+    rewards = []
+    for interval in (2, 100):
+        dataset = common.Dataset.empty(2, 1)
+        steps = dict(online_steps=12, learning_starts=1, eval_interval=interval)
+        train_on(make_env, tmp_path / str(interval), dataset, **steps)
+        rewards.append(dataset.collected()["rewards"])
+    assert torch.equal(*rewards)
+
+
 def test_a_seed_has_its_own_weights_noise_and_episodes(tmp_path, monkeypatch):
     monkeypatch.setattr(common.Run, "plot", lambda self, unit, switch: None)
     steps = dict(online_steps=12, learning_starts=10, policy_lr=1e-30, q_lr=1e-30)  # weights stay

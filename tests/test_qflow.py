@@ -501,6 +501,26 @@ def test_the_same_seed_gives_the_same_run(tmp_path, monkeypatch):
     assert len(actions.unique()) > 8  # and actions noise of their own; some are clipped
 
 
+def test_evaluating_does_not_change_what_an_episode_draws_from_numpy(tmp_path, monkeypatch):
+    monkeypatch.setattr(common.Run, "plot", lambda self, switch: None)
+
+    def make_env():
+        env = gymnasium.make("Pendulum-v1", max_episode_steps=8)
+        env = gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
+        return gymnasium.wrappers.TransformReward(env, lambda reward: np.random.random())
+
+    valids = np.arange(20) < 19
+    rewards = []
+    for interval in (3, 100):
+        dataset = common.Dataset(np.zeros((20, 3)), np.zeros((20, 1)), valids, valids, valids)
+        sizes = dict(hidden=(8,), batch_size=8, offline_steps=1, online_steps=12, eval_episodes=1)
+        args = qflow.Args(**sizes, eval_interval=interval)
+        with common.Run(tmp_path / str(interval), dict(script="x.py", args=vars(args))) as run:
+            qflow.train(args, dataset, make_env(), make_env(), run)
+        rewards.append(dataset.collected()["rewards"])
+    assert torch.equal(*rewards)
+
+
 def test_a_cuda_graph_runs_three_times_records_once_and_then_replays(monkeypatch):
     for name in ("CUDAGraph", "Stream", "current_stream", "stream", "graph"):
         monkeypatch.setattr(torch.cuda, name, MagicMock())
