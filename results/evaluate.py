@@ -121,7 +121,7 @@ def main():
     if "script" not in config:
         raise common.UserError(f"{cli.run}: its config.json does not name a script")
     script = import_script(config["script"])
-    print(f"script: {script.__file__}", file=sys.stderr)  # one of the same name may have made the run
+    print(f"script: {script.__file__}", file=sys.stderr)  # perhaps not the one that made the run
     nets, args = script.load(cli.run)
     device = script.choose_device(cli.device)
     nets.to(device)
