@@ -765,6 +765,11 @@ def read_config(folder):
         raise UserError(f"{folder}: damaged, or not a run: {error}") from None
 
 
+def write_config(folder, config):
+    """Replace config.json of a run. Raises UserError."""
+    write_file(Path(folder) / "config.json", json.dumps(config, indent=2).encode())
+
+
 def read_checkpoint(folder):
     """checkpoint.pt of a run, on the CPU. Raises UserError."""
     path = Path(folder) / "checkpoint.pt"
@@ -874,6 +879,7 @@ class Run:
         self.wandb = None
         self.bar = None
         self.how_to_resume = "start it again to go on"
+        self.same_flags = ""  # what to add to it
         self.shown = {}  # beside the progress bar
         self.columns = {}  # of each CSV file
         self.saved_at = time.perf_counter()
@@ -902,7 +908,7 @@ class Run:
             self.bar.close()
             can_resume = (self.folder / "checkpoint.pt").exists() and error_type is not Diverged
             if error and can_resume:
-                print(f"stopped; {self.how_to_resume}", file=sys.stderr)
+                print(f"stopped; {self.how_to_resume}{self.same_flags}", file=sys.stderr)
         if self.wandb:
             self.wandb.finish(exit_code=1 if error else 0)
         self.lock.release()
@@ -911,21 +917,23 @@ class Run:
         """Write config.json and return the last checkpoint, or None in a new run.
 
         The checkpoint's weights are loaded into `nets`, rows that were logged after it are removed,
-        and changed settings are printed. `save` will write these to config.json: until then they
-        have done nothing.
+        and changed settings are printed. config.json gets these from `save`: until then they have
+        done nothing.
         """
         checkpoint = None
+        config = self.config
         wandb_id = None
         if (self.folder / "checkpoint.pt").exists():
             checkpoint = read_checkpoint(self.folder)
             if "generator" not in checkpoint:
                 raise UserError(f"{self.folder}: has weights only, which cannot be resumed")
             load_weights(nets, checkpoint["nets"])
-            before = read_config(self.folder)
-            wandb_id = before.get("wandb_id")
-            print_changes(before["args"], self.config["args"])
+            config = read_config(self.folder)
+            self.same_flags = " and the same flags"
+            wandb_id = config.get("wandb_id")
+            print_changes(config["args"], self.config["args"])
             names = ("script", "device", "dataset", "threads", "versions")
-            print_changes(before, {name: self.config.get(name) for name in names})
+            print_changes(config, {name: self.config.get(name) for name in names})
         elif len(read_columns(self.folder / "eval.csv").get("step", [])) > 1:
             # A checkpoint follows each evaluation.
             hint = "remove its CSV files to start it again"
@@ -937,14 +945,9 @@ class Run:
             self.wandb = start_wandb(self.folder, self.config, wandb_id)
             wandb_id = self.wandb.id
         if wandb_id:  # the folder's name would not do: another sweep may have had the same
-            self.config["wandb_id"] = wandb_id
-        if not checkpoint:
-            self.save_config()
+            self.config["wandb_id"] = config["wandb_id"] = wandb_id
+        write_config(self.folder, config)
         return checkpoint
-
-    def save_config(self):
-        """Write config.json."""
-        write_file(self.folder / "config.json", json.dumps(self.config, indent=2).encode())
 
     def start_clock(self, step):
         """Count the next `speed` from here."""
@@ -1023,7 +1026,8 @@ class Run:
             for path in self.folder.glob("*.csv"):  # rows reach the disk before the checkpoint
                 with open(path) as file:
                     os.fsync(file.fileno())
-        self.save_config()
+        write_config(self.folder, self.config)
+        self.same_flags = ""
         file = io.BytesIO()
         torch.save(state, file)
         write_file(self.folder / "checkpoint.pt", file.getbuffer())

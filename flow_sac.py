@@ -909,7 +909,7 @@ def check_args(args):
     if args.env.startswith("visual-"):
         raise common.UserError(f"--env {args.env}: pixels are for fql.py only")
     for names, settings in SETTINGS.items():
-        if re.match(names, args.env) and "offline_steps" in settings:
+        if re.match(names, args.env) and "offline_steps" in settings and args.offline_steps > 0:
             common.resolve_task(args.env, args.task)  # raises for an id without a dataset
 
 

@@ -240,12 +240,13 @@ def run_job(command, environment, folder):
     """
     if sys.platform == "linux":  # else Ray starts a job again that has outlived its worker
         command = [sys.executable, "-c", DIE_WITH_PARENT, *command]
+    always = dict(TQDM_DISABLE="1", PYTHONUNBUFFERED="1")  # or its error comes before the rest
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / "output.txt"
     with open(output, "ab") as file:
         result = subprocess.run(
             command,
-            env={**os.environ, "TQDM_DISABLE": "1", **environment},
+            env={**os.environ, **always, **environment},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -835,7 +835,9 @@ def test_what_changes_in_a_resumed_run_is_printed(tmp_path, capsys):
     with common.Run(tmp_path / "run", other, resume=True) as run:
         run.begin(NETS)
         assert common.read_config(run.folder)["args"] == CONFIG["args"]  # they have done nothing
+        assert run.same_flags == " and the same flags"  # are needed to resume
         run.save(step=2, nets=NETS.state_dict(), generator=None)
+        assert run.same_flags == ""
     assert capsys.readouterr().out.splitlines() == [
         "changed: lam 1.0 -> 3.0",
         "changed: new None -> 4",

@@ -282,6 +282,7 @@ def run_job(code, folder):
 )
 def test_how_a_job_ends(code, reason, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", "")  # it needs no other program
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     assert run_job(code, tmp_path / "job") == reason
     if not reason:
         assert (tmp_path / "job/output.txt").read_text() == "3\n"
