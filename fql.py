@@ -281,7 +281,7 @@ def rollout(velocity, obs, x, t, flow_steps):
 def sample_actions(nets, obs, z, args):
     """The policy: noise z ~ N(0, I) to actions in [-1, 1]. (B, O), (B, h * A) -> (B, h * A).
 
-    args: unused, as qflow.py's has it.
+    args is not used here; the signature is that of qflow.py.
     """
     return nets.one_step(obs, z).clamp(-1, 1)
 
@@ -561,7 +561,7 @@ def evaluate(policy, env, num_episodes, seed):
     """
     results = {"success": [], "return": [], "length": []}
     for episode in range(num_episodes):
-        obs = reset(env, seed * num_episodes + episode)
+        obs = reset(env, seed * num_episodes + episode)  # other seeds share no episode
         chunk = []
         rewards = []
         done = False
@@ -588,7 +588,7 @@ def train(args, dataset, env, eval_env, run):
     """
     common.check_env(env, dataset)
     device = dataset.actions.device
-    torch.manual_seed(args.seed + 2**31)  # weights; not the seed of the noise
+    torch.manual_seed(args.seed + 2**31)  # weights; not the noise's seed, or both would be alike
     generator = torch.Generator(device).manual_seed(args.seed)
     obs_dim = dataset.obs_dim
     action_dim = args.horizon * dataset.actions.shape[1]
@@ -598,15 +598,16 @@ def train(args, dataset, env, eval_env, run):
 
     step = 0  # updates so far; online, each follows one step in the environment
     last_step = args.offline_steps + args.online_steps
-    checkpoint = run.begin(nets)
+    checkpoint = run.begin()
     if checkpoint:
         step = checkpoint["step"]
+        common.load_weights(nets, checkpoint["nets"])
         # Adam's averages only: the learning rate is this run's --lr.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})
         common.restore_generator(generator, checkpoint["generator"], args.seed + step)
         dataset.append_collected(checkpoint["collected"])
-    del checkpoint  # a second copy of what was collected
-    dataset.reserve(min(args.online_steps, max(0, last_step - step)))  # for those to come
+    del checkpoint  # it holds a second copy of what was collected
+    dataset.reserve(min(args.online_steps, max(0, last_step - step)))  # room for the steps to come
 
     def sample_and_update():
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)

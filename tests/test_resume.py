@@ -234,7 +234,7 @@ def test_going_online_later_is_going_online_at_once(script, call, whole, copy_of
     capsys.readouterr()
     call(script, "--resume", later, "--online-steps", 20)  # fewer than there are: nothing to do
     assert {path.name: path.read_bytes() for path in later.iterdir()} == files
-    assert "finished; mean of the last two evaluations: success" in capsys.readouterr().out
+    assert "finished; mean of the last 2 evaluations: success" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("policy", ["flow-t", "gaussian"])
@@ -295,7 +295,7 @@ def test_settings_of_a_resumed_run_may_be_changed(call, copy_of, whole, capsys):
     assert steps(folder, "train.csv")[-5:] == [40, 45, 50, 55, 60]
     call("qflow", "--resume", folder)  # with these settings from now on
     printed = capsys.readouterr().out
-    assert "changed: " not in printed and "mean of the last three evaluations: success" in printed
+    assert "changed: " not in printed and "mean of the last 3 evaluations: success" in printed
 
 
 @pytest.mark.parametrize(
