@@ -290,7 +290,7 @@ def test_as_a_process(tmp_path):
     tool = ROOT / "results/minari_data.py"
     command = [sys.executable, tool, "Pendulum/random-v0", "--script", "fql.py", "--", *TINY]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert "finished; mean of the last 3 evaluations" in result.stdout, result.stderr
+    assert "finished; mean of the last " in result.stdout, result.stderr
     assert len(list(tmp_path.glob("runs/Pendulum-random-v0__fql__0__*/curve.png"))) == 1
     command[2] = "Pendulum/random-v1"
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
