@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -310,14 +311,14 @@ def test_more_online_steps_than_memory_is_one_line():
         dataset.reserve(10**15)
 
 
-def test_a_million_antmaze_transitions_fit_in_a_third_of_a_gigabyte():
+def test_a_million_antmaze_transitions_fit_in_a_fifth_of_a_gigabyte():
     n, length = 100_000, 1000
     observations = np.zeros((n, 29), np.float32)
     actions = np.zeros((n, 8), np.float32)
     valids = (np.arange(n) % length != length - 1).astype(np.float32)
     dataset = common.Dataset(observations, actions, valids, valids, valids)
     size = sum(x.nbytes for x in vars(dataset).values() if isinstance(x, torch.Tensor))
-    assert size * 10 < 0.35e9
+    assert size * 10 < 0.2e9
     assert len(dataset) + dataset.num_episodes == n
     assert dataset.num_episodes == 100
 
@@ -360,6 +361,21 @@ def test_collected_file_follows_the_protocol_whatever_the_workers(collected, tmp
         moved = np.linalg.norm(np.diff(a["observations"][:1001], axis=0), axis=1)
         assert moved.mean() > 0.1  # of 0.2 per step at full speed
     assert list(tmp_path.iterdir()) == [other]  # no temporary file is left
+
+
+def test_the_goals_of_a_maze():
+    maze = np.array([[1, 1, 1, 1, 1], [1, 0, 0, 0, 1], [1, 1, 1, 0, 1], [1, 1, 1, 0, 1], [1] * 5])
+    cells, goals = common.goal_cells(maze)
+    assert cells.tolist() == [[1, 1], [1, 2], [1, 3], [2, 3], [3, 3]]
+    assert goals.tolist() == [[1, 1], [1, 3], [3, 3]]  # ends and corners, no straight hallways
+
+
+@pytest.mark.slow
+def test_a_giant_maze_has_longer_episodes(tmp_path):
+    path = tmp_path / "giant.npz"
+    common.collect_pointmaze("pointmaze-giant-navigate-v0", path, num_episodes=1, workers=1)
+    with np.load(path) as file:
+        assert file["observations"].shape == (2001, 2)
 
 
 def test_loading_agrees_with_ogbench(collected):
@@ -919,17 +935,6 @@ def test_a_container_with_few_cores_is_told_what_to_set(
     assert ("set OMP_NUM_THREADS=1" in capsys.readouterr().out) == warns
 
 
-def test_a_program_may_use_torchs_newer_precision_settings(tmp_path):
-    before = torch.backends.fp32_precision
-    torch.backends.fp32_precision = "tf32"  # now torch.get_float32_matmul_precision() raises
-    try:
-        with common.Run(tmp_path / "run", CONFIG) as run:
-            run.begin()
-    finally:
-        torch.backends.fp32_precision = before
-    assert common.read_config(run.folder)["script"] == "x.py"
-
-
 def test_weights_of_other_networks_are_refused():
     nets = torch.nn.Linear(2, 3)
     weights = torch.nn.Linear(2, 3).state_dict()
@@ -998,6 +1003,24 @@ def test_what_has_diverged_is_not_to_be_resumed(tmp_path, capsys, error, can_res
         raise error
     assert ("stopped; start it again to go on" in capsys.readouterr().err) == can_resume
     assert common.read_checkpoint(run.folder)["step"] == 1
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_of_a_run(tmp_path, monkeypatch):
+    def git(*words):
+        identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
+    assert common.git_commit() is None
+    (tmp_path / "common.py").write_text("")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    commit = common.git_commit()
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    (tmp_path / "common.py").write_text("changed")
+    assert common.git_commit() == f"{commit}+"
 
 
 # ----------------------------------------------------------------------- checks before training

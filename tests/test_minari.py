@@ -79,6 +79,7 @@ def call(monkeypatch, tmp_path, capsys):
     """call(dataset, script, *flags): what the bridge prints; its run is tmp_path / "run"."""
 
     def call(dataset_id, script, *flags):
+        monkeypatch.setattr(common.Run, "plot", lambda run, switch: None)
         for module in (fql, qflow):  # which main changes
             monkeypatch.setattr(module, "evaluate", module.evaluate)
             monkeypatch.setattr(module, "SETTINGS", module.SETTINGS)

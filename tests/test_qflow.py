@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import common
+import fql
 import qflow
 
 SMALL = dict(hidden=(32, 32), time_dim=8, flow_steps=5)
@@ -334,14 +335,6 @@ def test_evaluation_plays_the_episodes_with_chunks_open_loop(horizon):
     assert not np.array_equal(other["success"], results["success"])
 
 
-def test_evaluation_without_success_is_nan_not_zero():
-    env = gymnasium.make("Pendulum-v1")
-    result = qflow.evaluate(lambda obs: np.zeros((1, 1, 1)), env, 3, seed=0)
-    assert np.isnan(result["success"]).all() and (result["length"] == 200).all()
-    assert result["return"].shape == (3,) and result["return"].max() < -100
-    assert len(np.unique(result["return"])) == 3  # each episode has a seed of its own
-
-
 # ------------------------------------------------------------------------------------- training
 
 
@@ -499,6 +492,74 @@ def test_the_same_seed_gives_the_same_run(tmp_path, monkeypatch):
     assert len(starts.unique(dim=0)) == 2  # episodes have seeds of their own
     actions = collected["actions"][collected["valids"] == 1]
     assert len(actions.unique()) > 8  # and actions noise of their own; some are clipped
+
+
+class WithSeeds(gymnasium.Wrapper):
+    """Keeps the seeds of its episodes."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.seeds = set()
+
+    def reset(self, *, seed=None, options=None):
+        self.seeds.add(seed)
+        return super().reset(seed=seed)
+
+
+@pytest.mark.parametrize("script", [qflow, fql])
+def test_a_seed_has_its_own_weights_noise_and_episodes_and_compiled_losses_are_used(
+    script, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(common.Run, "plot", lambda self, switch: None)
+    manual_seed = torch.manual_seed
+    seeds_of_weights = []
+
+    def noted_seed(seed):
+        seeds_of_weights.append(seed)
+        return manual_seed(seed)
+
+    compiled_calls = []
+
+    def compile(loss_fn, fullgraph):
+        return lambda *inputs: compiled_calls.append(1) or loss_fn(*inputs)
+
+    monkeypatch.setattr(torch, "manual_seed", noted_seed)
+    monkeypatch.setattr(torch, "compile", compile)
+    valids = np.arange(20) < 19
+    weights, noise, of_training, of_evaluation = [], [], [], []
+    for seed in (0, 1000):
+        dataset = common.Dataset(np.zeros((20, 3)), np.zeros((20, 1)), valids, valids, valids)
+        sizes = dict(hidden=(8,), batch_size=8, offline_steps=1, online_steps=9, eval_episodes=2)
+        args = script.Args(**sizes, seed=seed, lr=1e-30, compile=True)  # weights stay
+        env, eval_env = (
+            WithSeeds(
+                gymnasium.wrappers.RescaleAction(
+                    gymnasium.make("Pendulum-v1", max_episode_steps=4), -1.0, 1.0
+                )
+            )
+            for _ in range(2)
+        )
+        with common.Run(tmp_path / str(seed), dict(script="x.py", args=vars(args))) as run:
+            nets = script.train(args, dataset, env, eval_env, run)
+        weights.append(nets.critic.mlp[0].weight)
+        noise.append(common.read_checkpoint(run.folder)["generator"])
+        of_training.append(env.seeds)
+        of_evaluation.append(eval_env.seeds)
+        assert len(env.seeds) == 3 and len(eval_env.seeds) == 4
+        assert seed not in seeds_of_weights  # that of the noise
+    assert not torch.equal(*weights) and not torch.equal(*noise)
+    assert not set.intersection(*of_training) and not set.intersection(*of_evaluation)
+    assert len(compiled_calls) == 2 * 10
+
+
+@pytest.mark.parametrize("script", [qflow, fql])
+def test_the_logged_q(script):
+    args, _, batch, _ = make()
+    nets = script.Networks(4, 3, script.Args(hidden=(8,))).double()
+    _, metrics = script.critic_loss(nets, batch, torch.zeros(16))
+    q = nets.critic(batch.observations, batch.actions)
+    expected = dict(q_mean=q.mean(), q_min=q.min(), q_max=q.max())
+    assert all(metrics[name] == value for name, value in expected.items())
 
 
 def test_evaluating_does_not_change_what_an_episode_draws_from_numpy(tmp_path, monkeypatch):

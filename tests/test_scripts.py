@@ -119,7 +119,29 @@ def test_settings_of_flow_sac_are_the_authors(monkeypatch):
     ]:
         args = settings(monkeypatch, flow_sac, env)
         assert expected.items() <= vars(args).items()
-        assert flow_sac.Policy(4, 3, args).velocity.head.in_features == width
+        policy = flow_sac.Policy(4, 3, args)
+        assert policy.velocity.head.in_features == width
+    assert flow_sac.BatchRenorm(1, 4).warmup == 100_000
+    assert flow_sac.FlowG(4, 3, 16).frequencies.shape == (16,)
+
+
+@pytest.mark.parametrize(
+    "script, env, run",
+    [
+        (qflow, "pointmaze-medium-navigate-v0", "policies/qflow-pointmaze-medium"),
+        (fql, "pointmaze-medium-navigate-v0", "policies/fql-pointmaze-medium"),
+        (flow_sac, "Pendulum-v1", "pendulum/seed0"),
+    ],
+)
+def test_our_own_settings_are_those_of_the_runs_that_showed_them_to_work(
+    script, env, run, monkeypatch
+):
+    shown = common.read_config(ROOT / "results" / run)["args"]
+    (own,) = (values for names, values in script.SETTINGS.items() if re.match(names, env))
+    args = vars(settings(monkeypatch, script, env))
+    for name in own.keys() - {"eval_episodes"}:
+        value = args[name]
+        assert shown[name] == (list(value) if isinstance(value, tuple) else value), name
 
 
 @pytest.mark.parametrize("script", [qflow, fql, flow_sac])
@@ -138,6 +160,7 @@ def test_the_task_is_that_of_the_rewards_and_of_both_environments(script, tmp_pa
     dataset, env, eval_env, _ = seen
     assert dataset.rewards[dataset.rows].tolist() == [-1, -1, 0, -1]
     assert env.unwrapped.spec.id == eval_env.unwrapped.spec.id == env_id
+    assert env.unwrapped is not eval_env.unwrapped
 
 
 # --------------------------------------------------------------------------------------- --help
