@@ -360,6 +360,8 @@ def test_collected_file_follows_the_protocol_whatever_the_workers(collected, tmp
         assert np.array_equal(a["observations"], a["qpos"])  # both of the state before the action
         moved = np.linalg.norm(np.diff(a["observations"][:1001], axis=0), axis=1)
         assert moved.mean() > 0.1  # of 0.2 per step at full speed
+        changes = [np.diff(actions, axis=0).std() for actions in np.split(a["actions"], 3)]
+        assert 0.55 < np.median(changes) < 0.65  # noise of 0.4 and 0.6 makes 0.51 and 0.70
     assert list(tmp_path.iterdir()) == [other]  # no temporary file is left
 
 
