@@ -386,7 +386,10 @@ class LogSigma(nn.Module):
 
 
 class Policy(nn.Module):
-    """Normalised observations, velocity and noise level; or a Gaussian in the place of both."""
+    """Normalisation of observations, velocity and noise level; a Gaussian has no noise level.
+
+    `sample_with_log_prob` puts them together.
+    """
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
@@ -770,7 +773,7 @@ def train(args, dataset, env, eval_env, run):
     dataset.reserve(min(args.online_steps, max(0, last_step - step)))  # room for the steps to come
 
     def sample_and_update(kind):
-        """kind: "offline"; online, "critic" or, when the policy's turn has come, "both"."""
+        """kind: "offline"; online, "both" every --policy-frequency updates, else "critic"."""
         critic_fn, flow_fn, policy_fn = losses
         batch = dataset.sample(args.batch_size, args.horizon, args.discount, generator)
         noise = sample_noise(batch.actions, args.flow_steps, generator)
