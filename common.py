@@ -855,7 +855,7 @@ class Run:
         self.wandb = None
         self.bar = None
         self.how_to_resume = "start it again to go on"
-        self.same_flags = ""  # what to add to it
+        self.same_settings = ""  # what to add to it
         self.shown = {}  # beside the progress bar
         self.columns = {}  # of each CSV file
         self.saved_at = time.perf_counter()
@@ -884,16 +884,17 @@ class Run:
             self.bar.close()
             can_resume = (self.folder / "checkpoint.pt").exists() and error_type is not Diverged
             if error and can_resume:
-                print(f"stopped; {self.how_to_resume}{self.same_flags}", file=sys.stderr)
+                print(f"stopped; {self.how_to_resume}{self.same_settings}", file=sys.stderr)
         if self.wandb:
             self.wandb.finish(exit_code=1 if error else 0)
         self.lock.release()
 
-    def begin(self):
+    def begin(self, nets):
         """Write config.json and return the last checkpoint, or None in a new run.
 
-        Rows that were logged after the checkpoint are removed, and changed settings are printed.
-        config.json gets these from `save`: until then they have done nothing.
+        The checkpoint's weights are loaded into `nets`, rows that were logged after it are removed,
+        and changed settings are printed. config.json gets these from `save`: until then they have
+        done nothing.
         """
         checkpoint = None
         config = self.config
@@ -902,8 +903,9 @@ class Run:
             checkpoint = read_checkpoint(self.folder)
             if "generator" not in checkpoint:
                 raise UserError(f"{self.folder}: has weights only, which cannot be resumed")
+            load_weights(nets, checkpoint["nets"])
             config = read_config(self.folder)
-            self.same_flags = " and the same flags"
+            self.same_settings = ", with the same settings"
             wandb_id = config.get("wandb_id")
             print_changes(config["args"], self.config["args"])
             names = ("script", "device", "dataset", "threads", "versions")
@@ -1001,7 +1003,7 @@ class Run:
                 with open(path) as file:
                     os.fsync(file.fileno())
         write_config(self.folder, self.config)
-        self.same_flags = ""
+        self.same_settings = ""
         file = io.BytesIO()
         torch.save(state, file)
         write_file(self.folder / "checkpoint.pt", file.getbuffer())

@@ -759,10 +759,9 @@ def train(args, dataset, env, eval_env, run):
     starts_uniform = len(dataset) == 0
     metrics = {}  # of the last updates in this phase
     last_step = args.offline_steps + args.online_steps
-    checkpoint = run.begin()
+    checkpoint = run.begin(nets)  # loads the weights, too
     if checkpoint:
         step = checkpoint["step"]
-        common.load_weights(nets, checkpoint["nets"])
         metrics = checkpoint["metrics"]
         # Adam's averages only: the learning rates are this run's.
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
@@ -912,8 +911,8 @@ def check_args(args):
     if args.env.startswith("visual-"):
         raise common.UserError(f"--env {args.env}: pixels are for fql.py only")
     for names, settings in SETTINGS.items():
-        if re.match(names, args.env) and "offline_steps" in settings and args.offline_steps > 0:
-            common.resolve_task(args.env, args.task)  # raises for an id without a dataset
+        if re.match(names, args.env) and "offline_steps" in settings:  # those for a dataset
+            common.resolve_task(args.env, args.task)  # raises for an id that has none
 
 
 def get_dataset(args, env, device):

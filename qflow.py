@@ -475,10 +475,9 @@ def train(args, dataset, env, eval_env, run):
 
     step = 0  # updates so far; online, each follows one step in the environment
     last_step = args.offline_steps + args.online_steps
-    checkpoint = run.begin()
+    checkpoint = run.begin(nets)  # loads the weights, too
     if checkpoint:
         step = checkpoint["step"]
-        common.load_weights(nets, checkpoint["nets"])
         # Adam's averages only: the learning rate is this run's --lr.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})
         common.restore_generator(generator, checkpoint["generator"], args.seed + step)

@@ -262,11 +262,10 @@ def main(
             row = ", ".join(key[:3])
             print(f"several datasets: {row}: {'; '.join(sorted(datasets))}", file=sys.stderr)
         mean, low, high = summarise(scores)
-        num_seeds = len({seed for seed, _ in runs})
-        table.append([*key, num_seeds, mean, low, high])
+        table.append([*key, len(scores), mean, low, high])
         form = "{:.1f}%" if has_success else "{:.0f}"
         interval = "" if np.isnan(low) else f"{form.format(low)} to {form.format(high)}"
-        cells = [*key, str(num_seeds), form.format(mean), interval]
+        cells = [*key, str(len(scores)), form.format(mean), interval]
         print(f"| {' | '.join(cells)} |")
     if any(environment.startswith("D4RL/") for environment, *_ in groups):
         print(f"\n{minari_data.NOTE}")

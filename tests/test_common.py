@@ -749,7 +749,7 @@ def log_row(run, step, success=0.5):
 def test_run_folder(tmp_path, capsys):
     config = dict(script="x.py", args=dict(lam=1.0), dataset="somewhere")
     with common.Run(tmp_path / "runs/x", config) as run:
-        assert run.begin() is None
+        assert run.begin(NETS) is None
         config = common.read_config(run.folder)
         assert config["args"] == {"lam": 1.0} and config["dataset"] == "somewhere"
         assert config["versions"]["torch"] == torch.__version__ and "commit" in config
@@ -818,7 +818,7 @@ CONFIG = dict(script="x.py", device="cpu", dataset="5 transitions", args=dict(la
 def test_rows_are_cut_at_the_checkpoint(tmp_path):
     nets = torch.nn.Linear(2, 3).state_dict()
     with common.Run(tmp_path / "run", CONFIG) as run:
-        assert run.begin() is None
+        assert run.begin(NETS) is None
         log_row(run, 1)
         log_row(run, 5)
         run.log("episodes.csv", {"step": 4, "return": -3.0, "success": 1.0})
@@ -834,7 +834,7 @@ def test_rows_are_cut_at_the_checkpoint(tmp_path):
     with open(run.folder / "eval.csv", "a") as file:
         file.write("11,0.5,-3.0")
     with common.Run(tmp_path / "run", CONFIG, resume=True) as run:
-        state = run.begin()
+        state = run.begin(NETS)
         assert state["step"] == 5 and torch.equal(state["nets"]["weight"], nets["weight"])
         assert {name: (run.folder / name).read_bytes() for name in names} == as_saved
         log_row(run, 6)
@@ -843,19 +843,19 @@ def test_rows_are_cut_at_the_checkpoint(tmp_path):
 
 def test_what_changes_in_a_resumed_run_is_printed(tmp_path, capsys):
     with common.Run(tmp_path / "run", CONFIG) as run:
-        run.begin()
+        run.begin(NETS)
         run.save(step=1, nets=NETS.state_dict(), generator=None)
     with common.Run(tmp_path / "run", {**CONFIG, "args": dict(lam=1.0, hidden=(8,))}, True) as run:
-        run.begin()
+        run.begin(NETS)
     assert capsys.readouterr().out == ""  # JSON makes lists of tuples
     args = dict(lam=3.0, hidden=[8], new=4)
     other = dict(CONFIG, args=args, device="cuda", dataset="6 transitions")
     with common.Run(tmp_path / "run", other, resume=True) as run:
-        run.begin()
+        run.begin(NETS)
         assert common.read_config(run.folder)["args"] == CONFIG["args"]  # they have done nothing
-        assert run.same_flags == " and the same flags"  # are needed to resume
+        assert run.same_settings == ", with the same settings"
         run.save(step=2, nets=NETS.state_dict(), generator=None)
-        assert run.same_flags == ""
+        assert run.same_settings == ""
     assert capsys.readouterr().out.splitlines() == [
         "changed: lam 1.0 -> 3.0",
         "changed: new None -> 4",
@@ -867,22 +867,22 @@ def test_what_changes_in_a_resumed_run_is_printed(tmp_path, capsys):
 
 def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tmp_path):
     with common.Run(tmp_path / "run", CONFIG) as run:
-        run.begin()
+        run.begin(NETS)
         log_row(run, 1)
     with common.Run(tmp_path / "run", CONFIG, resume=True) as run:
-        assert run.begin() is None
+        assert run.begin(NETS) is None
         log_row(run, 1)
     assert common.read_columns(run.folder / "train.csv")["step"].tolist() == [1]
 
 
 def test_a_run_whose_checkpoint_was_removed_is_not_begun_anew(tmp_path):
     with common.Run(tmp_path / "run", CONFIG) as run:
-        run.begin()
+        run.begin(NETS)
         for step in (1, 2):  # a checkpoint follows each evaluation
             run.log("eval.csv", {"step": step, "success": 1.0, "return": -3.0})
     before = (run.folder / "eval.csv").read_bytes()
     with pytest.raises(common.UserError, match="its checkpoint.pt was removed"):
-        common.Run(tmp_path / "run", CONFIG, resume=True).begin()
+        common.Run(tmp_path / "run", CONFIG, resume=True).begin(NETS)
     assert (run.folder / "eval.csv").read_bytes() == before
 
 
@@ -906,22 +906,22 @@ def test_start_run_resume_and_start_or_resume(tmp_path, monkeypatch, capsys):
         assert re.fullmatch(rf"{NAME}__fql__3__\d{{8}}-\d{{6}}-\d{{6}}", run.folder.name)
         assert other.folder != run.folder
         assert run.folder.parent == Path("runs")
-        assert run.begin() is None and run.config["script"] == "fql.py"
+        assert run.begin(NETS) is None and run.config["script"] == "fql.py"
         printed = capsys.readouterr().out
         assert f"{NAME}: 5 transitions\n" in printed and "seed=3, run_dir=runs" in printed
         run.save(step=7, nets=NETS.state_dict(), generator=None)
     with start(resume=str(run.folder)) as again:
-        assert again.folder == run.folder and again.begin()["step"] == 7
+        assert again.folder == run.folder and again.begin(NETS)["step"] == 7
 
     for _ in range(2):  # it has no checkpoint yet
         with start(start_or_resume="sweep/job") as run:
-            assert run.folder == Path("sweep/job") and run.begin() is None
+            assert run.folder == Path("sweep/job") and run.begin(NETS) is None
             log_row(run, 1)
     run = start(start_or_resume="sweep/job")
     run.save(step=1, nets=NETS.state_dict(), generator=None)
     run.lock.release()
     with start(start_or_resume="sweep/job") as run:
-        assert run.begin()["step"] == 1
+        assert run.begin(NETS)["step"] == 1
         assert common.read_columns(run.folder / "eval.csv")["step"].tolist() == [1]
     assert len(list(Path("sweep").iterdir())) == 1
 
@@ -974,7 +974,7 @@ def test_one_process_writes_to_a_run_folder_at_a_time(tmp_path):
 def test_a_new_run_never_writes_into_a_folder_that_exists(tmp_path):
     config = dict(script="x.py")
     with common.Run(tmp_path / "run", config) as run:
-        run.begin()
+        run.begin(NETS)
     with pytest.raises(common.UserError, match="run: cannot write there: .*File exists"):
         common.Run(tmp_path / "run", config)
 
@@ -1013,6 +1013,10 @@ def test_the_commit_of_a_run(tmp_path, monkeypatch):
         identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
         subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
 
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.setattr(common, "__file__", str(tmp_path / "common.py"))
     assert common.git_commit() is None
     (tmp_path / "common.py").write_text("")

@@ -25,7 +25,6 @@ class Own(gymnasium.Env):
 
     def __init__(self, **attributes):
         vars(self).update(attributes)
-        self.rng = np.random.default_rng()  # a random state of its own, which no seed resets
         self.buffer = np.zeros(3, np.float32)
 
     def reward(self):
@@ -54,11 +53,6 @@ class ReusedBuffer(Own):
     def observe(self):
         self.buffer[:] = self.steps
         return self.buffer
-
-
-class OwnRandomState(Own):
-    def observe(self):
-        return self.rng.uniform(-1, 1, 3).astype(np.float32)
 
 
 class GlobalRandomState(Own):

@@ -181,7 +181,7 @@ def test_a_row_with_several_datasets_is_named(runs, make_table):
         write_run(path.parent, fql, [0.5], seed=seed, **settings)
         path.write_text(json.dumps(dict(json.loads(path.read_text()), dataset=dataset)))
     (row,), errors = make_table()
-    assert row["seeds"] == "2"
+    assert row["seeds"] == "3"
     assert errors == f"several datasets: {NAME}, 1, FQL: collected; official\n"
 
 
