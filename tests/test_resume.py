@@ -316,11 +316,13 @@ def test_another_dataset_is_a_changed_setting(call, copy_of, tmp_path, capsys):
     assert common.read_checkpoint(folder)["step"] == 41
 
 
-def test_networks_of_other_sizes_are_one_line(call, copy_of):
+def test_networks_of_other_sizes_are_one_line_and_change_nothing(call, copy_of):
     folder = copy_of("fql")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
     message = "the checkpoint is of other networks: critic.mlp.0.weight is .* there and .* here"
     with pytest.raises(common.UserError, match=message):
         call("fql", "--resume", folder, "--hidden", 8, 8)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 # -------------------------------------------------------------------------------------- trouble
