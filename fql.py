@@ -588,7 +588,7 @@ def train(args, dataset, env, eval_env, run):
     """
     common.check_env(env, dataset)
     device = dataset.actions.device
-    torch.manual_seed(args.seed + 2**31)  # weights; not the noise's seed, or both would be alike
+    torch.manual_seed(args.seed + 2**31)  # weights; the noise's seed would draw the same numbers
     generator = torch.Generator(device).manual_seed(args.seed)
     obs_dim = dataset.obs_dim
     action_dim = args.horizon * dataset.actions.shape[1]
