@@ -1,7 +1,7 @@
 """Finds, loads or collects OGBench's datasets, and writes a run's results to disk and screen.
 
-Also the checks before a training. Nothing here is about a method: no network, no loss, no training
-loop.
+It also checks the settings before training. It contains no method code: no network, no loss, no
+training loop.
 """
 
 import csv
@@ -82,7 +82,7 @@ def is_dataset(env):
 
 
 def environment_of(dataset):
-    """antmaze-giant of antmaze-giant-navigate-v0, also with a task or without -v0."""
+    """antmaze-giant for antmaze-giant-navigate-v0, whether or not the name has a task or -v0."""
     stem, _, _ = dataset.removesuffix("-v0").partition("-singletask")
     return stem.rpartition("-")[0]
 
@@ -91,12 +91,12 @@ def resolve_task(env, task=0):
     """--env and --task (0: the default task) -> full name, dataset name, Gymnasium id.
 
     ("scene-play-v0", 2) -> ("scene-play-singletask-task2-v0", "scene-play-v0",
-    "scene-singletask-task2-v0"). NAME-v0, NAME-singletask-v0 and NAME-singletask-taskN-v0 differ in
-    the task only. Raises UserError.
+    "scene-singletask-task2-v0"). NAME-v0 and NAME-singletask-v0 have the default task,
+    NAME-singletask-taskN-v0 has task N. Raises UserError.
     """
     stem, _, suffix = env.removesuffix("-v0").partition("-singletask")
     if task and suffix not in ("", f"-task{task}"):
-        raise UserError(f"--env {env} --task {task}: this name has a task already")
+        raise UserError(f"--env {env} --task {task}: this name already has a task")
     if task:
         suffix = f"-task{task}"
     name = f"{stem}-singletask{suffix}-v0"
@@ -124,7 +124,7 @@ def make_env(env_id, **options):
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
         return gymnasium.make(env_id, **options)
-    except Exception as error:  # of MuJoCo, PyOpenGL and the drivers, a type each
+    except Exception as error:  # MuJoCo, PyOpenGL and the drivers each raise their own types
         hint = "apt-get install libegl1 libgl1-mesa-dri, or set MUJOCO_GL to glfw or osmesa"
         raise UserError(f"{env_id}: cannot render: {error}; {hint}") from None
 
@@ -200,7 +200,7 @@ def store_frames(frames, device, on_host):
     if missing > 0:
         needed = f"the frames take {frames.nbytes / 1e9:.1f} GB"
         hint = "--device-data cpu keeps them in host memory"
-        raise UserError(f"{needed}, of which {device} lacks {missing / 1e9:.1f} GB; {hint}")
+        raise UserError(f"{needed}, {missing / 1e9:.1f} GB more than {device} has free; {hint}")
     return frames.to(device)
 
 
@@ -208,12 +208,12 @@ class Dataset:
     """Transitions of consecutive episodes on the device, in OGBench's compact layout.
 
     An episode of n steps has n + 1 rows; the last one only holds its last observation. Arguments
-    are NumPy arrays of M rows, or of none, for `append` to add to. Raises ValueError.
+    are NumPy arrays of M rows; M may be 0, and `append` adds rows. Raises ValueError.
 
     observations: (M, O), or frames (M, H, W, C) of type uint8, which batches stack
     actions: (M, A) in [-1, 1]
     rewards: (M,)
-    masks: (M,), 0 if nothing counts after this step (solved, terminated), else 1 (also: time is up)
+    masks: (M,), 0 if solved or terminated (no bootstrap), else 1 (also on a time limit)
     valids: (M,), 0 in the last row of each episode, else 1
     frames_on_host: keep frames in pinned host memory, not on the GPU
     """
@@ -293,14 +293,14 @@ class Dataset:
             for name in self.COLUMNS:  # two rows each: an episode may have a single step
                 setattr(self, name, extend(getattr(self, name), 2 * num_transitions))
             self.rows = extend(self.rows, num_transitions)
-        except RuntimeError as error:  # of torch
+        except RuntimeError as error:  # torch raises it when memory runs out
             raise UserError(f"no memory for {num_transitions} online steps: {error}") from None
 
     def append(self, observation, action, reward, mask, next_observation, done):
-        """Add the next step of the last episode or, if that one is done, the first of a new one.
+        """Add the next step of the last episode or, if that episode is done, start a new one.
 
-        It can be sampled from then on. In an episode that goes on, `observation` is the last
-        `next_observation`. mask: 0 if the environment terminated, 1 if only its time is up.
+        The step can be sampled at once. Within an episode, `observation` must be the previous
+        `next_observation`. mask: 0 if the environment terminated, else 1 (also on a time limit).
         Raises ValueError when there is no room.
         """
         if self.num_transitions == len(self.rows):
@@ -326,7 +326,7 @@ class Dataset:
         return {name: getattr(self, name)[added].to("cpu", copy=True) for name in self.COLUMNS}
 
     def append_collected(self, collected):
-        """Add what `collected` returned, in room of its own; its last episode is over."""
+        """Reserve room for what `collected` returned and add it; its last episode is over."""
         num_rows = len(collected["valids"])
         rows = self.num_rows + collected["valids"].nonzero()[:, 0]
         self.reserve(len(rows))
@@ -339,9 +339,9 @@ class Dataset:
         self.in_episode = False
 
     def observe(self, rows):
-        """The observations of these rows (B,); of frames, stacks of the last three of the episode.
+        """The observations in these rows (B,); for pixels, the last three frames, stacked.
 
-        The episode's first frame is repeated, as in `stack_frames`.
+        At the start of an episode, its first frame is repeated, as in `stack_frames`.
         """
         if not self.has_frames:
             return self.observations[rows]
@@ -372,7 +372,8 @@ class Dataset:
     def sample(self, batch_size, horizon=1, discount=1.0, generator=None):
         """Batch of chunks with uniformly drawn starts; never waits for the device.
 
-        In float64: a float32 in [0, 1) has 2^24 values, which shows with millions of transitions.
+        The draw is in float64: float32 has only 2^24 values in [0, 1), too few for millions of
+        transitions.
         """
         u = torch.rand(
             batch_size, dtype=torch.float64, device=self.count.device, generator=generator
@@ -394,13 +395,13 @@ def data_folder():
 
 
 def read_ogbench_file(path, ob_dtype=np.float32):
-    """The arrays of a file in OGBench's layout (name -> array), and where they are from.
+    """The arrays of a file in OGBench's layout (name -> array), and their source.
 
-    The second is None for official files, which do not say. ob_dtype: of the observations. Raises
-    UserError.
+    The source is None for official files, which do not state it. ob_dtype: dtype of the
+    observations. Raises UserError.
     """
     try:
-        zipfile.ZipFile(path).close()  # of what is no archive, np.load says that it holds pickles
+        zipfile.ZipFile(path).close()  # np.load would say that a non-archive contains pickles
         with np.load(path) as file:
             given = {name: file[name] for name in ("rewards", "masks") if name in file}
             source = str(file["source"]) if "source" in file else None
@@ -466,13 +467,13 @@ def load_dataset(path, env_id, device, sparse=False, frames_on_host=False):
 def get_dataset(name, env_id, source="", device="cpu", sparse=False, frames_on_host=False):
     """The dataset `name` with the rewards of env_id -> (Dataset, description). Raises UserError.
 
-    source: an npz file or the URL of one. By default the first of these that is there: the official
-    file in `data_folder()`; for pointmaze-*-navigate, one collected here; a download of the
-    official file. frames_on_host: as for Dataset.
+    source: an npz file or its URL. By default, the official file in `data_folder()`; if it is
+    missing, pointmaze-*-navigate is collected here and any other dataset is downloaded.
+    frames_on_host: as for Dataset.
     """
     stem = Path(source.partition("?")[0]).stem
     if is_dataset(stem) and environment_of(stem) != environment_of(name):
-        raise UserError(f"--dataset {source}: is of another environment than {name}")
+        raise UserError(f"--dataset {source}: is for another environment, not for {name}")
     folder = data_folder()
     path = folder / f"{name}.npz"
     if source.startswith(("http://", "https://")):
@@ -497,7 +498,7 @@ def get_dataset(name, env_id, source="", device="cpu", sparse=False, frames_on_h
     dataset, origin = load_dataset(path, env_id, device, sparse, frames_on_host)
     counts = f"{len(dataset)} transitions, {dataset.num_episodes} episodes"
     description = f"{counts}, {origin or 'no source stated, as in OGBench files'}"
-    note = path.with_suffix(".source")  # of a download
+    note = path.with_suffix(".source")  # written by `download`
     if os.path.exists(note):
         description += f", downloaded from {note.read_text()}"
     return dataset, description
@@ -570,7 +571,7 @@ def download(urls, path, hint=""):
                 with open(temporary, "wb") as file, bar:
                     for block in response.iter_content(2**20):
                         bar.update(file.write(block))
-            if is_complete(temporary):
+            if zipfile.is_zipfile(temporary):  # as an npz file is
                 write_file(path.with_suffix(".source"), url.encode())
                 os.replace(temporary, path)
                 return
@@ -584,15 +585,6 @@ def download(urls, path, hint=""):
     raise UserError("\n  ".join(failures) + hint)
 
 
-def is_complete(path):
-    """Whether the file is a zip archive (as an npz file is) whose checksums are all right."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except Exception:  # zipfile raises a dozen types for what is no zip archive
-        return False
-
-
 def leave_signals_to_main():
     """In a worker process: Ctrl-C is for the main process, which then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -604,8 +596,8 @@ def collect_pointmaze(name, path, num_episodes=300, workers=None, seed=0):
     env_id = name.replace("-navigate", "")
     steps = 2001 if "giant" in name else 1001
     jobs = [(env_id, steps, [seed, episode]) for episode in range(num_episodes)]
-    if workers is None and hasattr(os, "sched_getaffinity"):  # not on macOS: all cores
-        workers = len(os.sched_getaffinity(0))  # SLURM gives a job few of many
+    if workers is None and hasattr(os, "sched_getaffinity"):  # macOS lacks it: all cores
+        workers = len(os.sched_getaffinity(0))  # SLURM may grant a job only some of the cores
     with multiprocessing.Pool(workers, leave_signals_to_main) as pool:
         results = pool.imap(collect_episode, jobs)
         episodes = list(tqdm(results, f"collecting {name}", num_episodes, unit=" episodes"))
@@ -665,7 +657,7 @@ def collect_episode(job):
 
 
 def command_line():
-    """sys.argv for tyro, with 1e6 written out: it would be no integer."""
+    """sys.argv for tyro, with 1e6 written out: tyro does not read 1e6 as an integer."""
     words = []
     for word in sys.argv[1:]:
         flag, equals, value = word.rpartition("=")
@@ -674,23 +666,28 @@ def command_line():
     return words
 
 
-def check_flags(args, positive, not_negative):
-    """Raise UserError for a flag that cannot work; positive, not_negative: names of numbers."""
-    for name in positive.split() + not_negative.split():
-        value = getattr(args, name)
+def check_flags(args, may_be_zero, any_sign=""):
+    """Raise UserError for a flag that cannot work.
+
+    Numbers must be positive, except those named in `may_be_zero` and `any_sign`.
+    """
+    for name, value in vars(args).items():
+        if type(value) not in (int, float) or name in any_sign.split():
+            continue
         flag = f"--{name.replace('_', '-')} {value}"
-        if name in positive.split() and not value > 0:
+        if name in may_be_zero.split():
+            if not value >= 0:  # NaN is not, either
+                raise UserError(f"{flag}: must be at least 0")
+        elif not value > 0:
             raise UserError(f"{flag}: must be positive")
-        if not value >= 0:
-            raise UserError(f"{flag}: must be at least 0")
-        if name in ("discount", "tau") and value > 1:
+        if value > 1 and name in ("discount", "tau"):
             raise UserError(f"{flag}: must be at most 1")
     if len(args.hidden) == 0 or min(args.hidden) < 1:
         raise UserError(f"--hidden {args.hidden}: needs positive widths")
     if args.offline_steps + args.online_steps == 0:
         raise UserError("--offline-steps and --online-steps: one must be positive")
     if args.resume and not has_checkpoint(args.resume):
-        hint = "start this run again by its own command"
+        hint = "rerun the command that started this run"
         raise UserError(f"--resume {args.resume}: has no checkpoint.pt; {hint}")
 
 
@@ -700,8 +697,8 @@ def check_compiler(device):
         torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.ones(8, device=device))
     except Exception as error:  # of the compiler, its headers, the linker, the cache's folder
         reason = str(error).partition("\n")[0]
-        hint = "it needs g++ (or another one, in CXX), Python's headers (python3-dev) and, if /tmp "
-        hint += "is mounted noexec, TORCHINDUCTOR_CACHE_DIR in a folder where programs may run"
+        hint = "it needs g++ (or another compiler, named in CXX), Python's headers (python3-dev) "
+        hint += "and, if /tmp is noexec, TORCHINDUCTOR_CACHE_DIR in a folder where programs may run"
         raise UserError(f"--compile: torch cannot compile here: {reason}; {hint}") from None
 
 
@@ -750,7 +747,7 @@ def read_checkpoint(folder):
     """checkpoint.pt of a run, on the CPU. Raises UserError."""
     path = Path(folder) / "checkpoint.pt"
     if not path.exists():
-        raise UserError(f"{folder}: has no checkpoint.pt; start this run again by its own command")
+        raise UserError(f"{folder}: has no checkpoint.pt; rerun the command that started this run")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {**state, "nets": dict(state["nets"])}
@@ -765,18 +762,18 @@ def load_weights(nets, weights):
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in {**expected, **found}:
         if expected.get(name) != found.get(name):
-            shapes = f"{name} is {found.get(name)} there and {expected.get(name)} here"
-            raise UserError(f"the checkpoint is of other networks: {shapes}")
+            shapes = f"{name} has shape {found.get(name)}, expected {expected.get(name)}"
+            raise UserError(f"the checkpoint does not fit these networks: {shapes}")
     nets.load_state_dict(weights)
 
 
 def has_checkpoint(folder):
-    """Whether `folder` is that of a run with a checkpoint; "" is none."""
+    """Whether `folder` holds a run with a checkpoint; "" does not."""
     return folder != "" and os.path.exists(Path(folder) / "checkpoint.pt")
 
 
 def restore_generator(generator, state, seed):
-    """Set the state of a random generator, or a seed if the state is that of another device."""
+    """Restore the generator's state, or seed it if the state is from another kind of device."""
     try:
         generator.set_state(state)
     except RuntimeError:
@@ -843,10 +840,10 @@ def read_columns(path):
 class Run:
     """The folder of a run: config.json, train.csv, eval.csv, curve.png, checkpoint.pt and more.
 
-    folder: must not exist yet. resume: it may exist, and a run in it is continued. config: dict
-    that JSON can hold; `script` is the name of the file that trains, `args` its settings.
-    lock_seconds: how long to wait for an earlier process that still writes there. Use it in a with
-    statement. Raises UserError.
+    folder: must not exist yet, unless resume is true, which continues a run found there. config:
+    JSON-serialisable dict; `script` is the name of the method file, `args` are its settings.
+    lock_seconds: how long to wait for an earlier process that still writes there. Use a Run in a
+    with statement. Raises UserError.
     """
 
     def __init__(self, folder, config, resume=False, track=False, lock_seconds=0):
@@ -854,8 +851,8 @@ class Run:
         self.track = track
         self.wandb = None
         self.bar = None
-        self.how_to_resume = "start it again to go on"
-        self.same_settings = ""  # what to add to it
+        self.how_to_resume = "start it again to continue"
+        self.same_settings = ""  # appended to how_to_resume
         self.shown = {}  # beside the progress bar
         self.columns = {}  # of each CSV file
         self.saved_at = time.perf_counter()
@@ -893,8 +890,8 @@ class Run:
         """Write config.json and return the last checkpoint, or None in a new run.
 
         The checkpoint's weights are loaded into `nets`, rows that were logged after it are removed,
-        and changed settings are printed. config.json gets these from `save`: until then they have
-        done nothing.
+        and changed settings are printed. They reach config.json with the next `save`: until then
+        they have had no effect.
         """
         checkpoint = None
         config = self.config
@@ -956,8 +953,8 @@ class Run:
     def log(self, name, row):
         """Append a row (column -> number, `step` first) to the CSV file `name`.
 
-        Columns are those of the file's first row: NaN stands for what a later row lacks, and what
-        it has in addition is left out. Raises UserError if a loss is not finite.
+        The first row of the file sets its columns: later rows get NaN for columns they lack, and
+        columns they have in addition are dropped. Raises UserError if a loss is not finite.
         """
         path = self.folder / name
         with disk_errors(self.folder), open(path, "a+", newline="") as file:
@@ -1012,7 +1009,7 @@ class Run:
     def finish(self, switch=0):
         """Print the score, the mean of the last three evaluations as in the papers.
 
-        switch: the last step of the offline phase; if the run went on, only those after it count.
+        switch: the last step of the offline phase; if evaluations follow it, only they count.
         """
         self.bar.close()
         evaluations = read_columns(self.folder / "eval.csv")
@@ -1061,7 +1058,7 @@ def warn_of_cpu_quota():
     threads = torch.get_num_threads()
     if quota != "max" and int(quota) < threads * int(period):
         cores = max(1, int(quota) // int(period))
-        print(f"this container grants fewer cores than {threads}: set OMP_NUM_THREADS={cores}")
+        print(f"this container grants fewer than {threads} cores: set OMP_NUM_THREADS={cores}")
 
 
 def start_run(script, name, args, description, device):
@@ -1074,7 +1071,7 @@ def start_run(script, name, args, description, device):
     folder = old_folder
     if not folder:
         started = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # several may start in one second
-        own_name = name.replace("/", "-")  # of a Gymnasium id's namespace
+        own_name = name.replace("/", "-")  # a Gymnasium id may have a namespace
         folder = Path(args.run_dir) / f"{own_name}__{script.stem}__{args.seed}__{started}"
     config = dict(script=script.name, args=vars(args), device=device.type, dataset=description)
     lock_seconds = 300 if args.start_or_resume else 0  # a requeued job's last process may yet end

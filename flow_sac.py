@@ -10,8 +10,8 @@ proposes two velocity networks from sequence models; a plain one is the baseline
     naive    v = MLP(s, x, t)
     gaussian a = tanh(mean(s) + std(s) eps)         no flow: the policy of SAC
 
-SAC also needs log pi(a | s). So each step becomes Gaussian, with a drift that, as K grows, keeps
-the distribution of every x_i, and the log-density of the whole path replaces log pi:
+SAC also needs log pi(a | s). Each step therefore becomes Gaussian, with a drift that preserves the
+distribution of every x_i as K grows; the log-density of the whole path replaces log pi:
 
     x_{i+1} = x_i + (v + sigma^2 / 2 * score) dt + sigma sqrt(dt) eps,  score = (t v - x) / (1 - t)
 
@@ -20,9 +20,9 @@ drift is exact for the v of flow matching; for a v that SAC trains it is a heuri
 
 With an OGBench dataset, training begins offline. Each offline step makes two updates on one batch:
 TD and flow matching, then TD and the policy's loss. Each online step after --learning-starts makes
-the second kind only. In both phases the policy's loss has a behaviour term, beta * mean
-(a - a_data)^2, and unlike the authors' no entropy: the noise is fixed, so log pi is nearly a
-constant, which in the TD target would reward or punish every step until the task is solved.
+only the second kind. In both phases the policy's loss has a behaviour term, beta * mean
+(a - a_data)^2, and, unlike the authors', no entropy term: the noise is fixed, so log pi is nearly
+constant, and in the TD target it would reward or punish every step until the task is solved.
 
 Zhang et al.: SAC Flow, ICLR 2026, https://arxiv.org/abs/2509.25756
 Critics without target networks: Bhatt et al., CrossQ, ICLR 2024, https://arxiv.org/abs/1902.05605
@@ -60,7 +60,7 @@ class Args:
     env: str = "Pendulum-v1"
     """Gymnasium id with Box spaces (also OGBench's online-ant-v0 etc.), or OGBench dataset"""
     task: int = 0
-    """task of the environment, 1 to 5; 0 is that of --env, else OGBench's default task"""
+    """task number, 1 to 5; 0: the task in the name of --env, else OGBench's default task"""
     dataset: str = ""
     """npz file or its URL; default: the official file (pointmaze-*-navigate: collected here)"""
     seed: int = 0
@@ -68,17 +68,17 @@ class Args:
     device: str = "auto"
     """auto (CUDA if usable), cpu, cuda or cuda:N"""
     offline_steps: int = 0
-    """number of offline steps, each two updates on one batch"""
+    """number of offline steps; each makes two updates on one batch"""
     online_steps: int = 1_000_000
-    """number of steps in the environment after that"""
+    """number of environment steps after the offline phase"""
     learning_starts: int = 50_000
     """online steps before updates begin; without a dataset, their actions are uniform"""
     batch_size: int = 512
     """transitions (or chunks) per update"""
     policy: Literal["flow-t", "flow-g", "naive", "gaussian"] = "flow-t"
-    """velocity network: decoded, gated or plain; gaussian: no flow, the baseline from scratch"""
+    """velocity network: Transformer, gated or plain MLP; gaussian: no flow, from scratch only"""
     policy_width: int = 0
-    """width of its networks; 0: 96 for flow-t (with --critic sac 128), 512 for the others"""
+    """width of the policy's networks; 0: flow-t 96 (with --critic sac 128), the others 512"""
     critic: Literal["crossq", "sac"] = "crossq"
     """crossq: BatchRenorm (policy too), ReLU, no target; sac: LayerNorm, GELU, target (--tau)"""
     policy_lr: float = 3e-4
@@ -102,9 +102,9 @@ class Args:
     bc_weight: float = 0.0
     """beta, weight of the behaviour term mean (a - a_data)^2 in the policy's loss"""
     noise_std: float = 0.0
-    """standard deviation of a flow step's noise, without entropy; 0: sigma is learned"""
+    """fixed standard deviation of a flow step's noise (no entropy term); 0: sigma is learned"""
     target_entropy: float = 0.0
-    """path entropy that the temperature is tuned to; for gaussian, 0 stands for SAC's -A (-h A)"""
+    """target of the path entropy, for tuning the temperature; gaussian: 0 means SAC's -A (-h A)"""
     eval_interval: int = 20_000
     """steps between evaluations (the last step of a phase is always evaluated)"""
     eval_episodes: int = 50
@@ -125,9 +125,10 @@ class Args:
     """high: TF32 on CUDA, float32 on CPUs; medium: may use bfloat16, faster on some AMD CPUs"""
 
 
-# The defaults in Args are the authors' settings from scratch. WITH_DATASET has theirs for OGBench's
-# cube-double, -triple and -quadruple, but for noise_std: they have 0.05 in the policy's loss and
-# 0.02 elsewhere. Mazes and soccer need no chunks. Pendulum's are our own, for a laptop.
+# The defaults in Args are the authors' settings for training from scratch. WITH_DATASET holds their
+# settings for OGBench's cube-double, -triple and -quadruple, except noise_std: the authors use 0.05
+# in the policy's loss and 0.02 elsewhere. Mazes and soccer need no chunks. The Pendulum settings
+# are our own, for a laptop.
 WITH_DATASET = dict(
     offline_steps=1_000_000,
     learning_starts=5_000,
@@ -237,7 +238,7 @@ class BatchRenorm(nn.Module):
 
 
 class EnsembleLayerNorm(nn.Module):
-    """LayerNorm, scale and bias separate for each member: (ensemble, B, dim) -> same shape."""
+    """LayerNorm with separate scale and bias for each member: (ensemble, B, dim) -> same shape."""
 
     def __init__(self, dim, ensemble):
         super().__init__()
@@ -288,8 +289,8 @@ class Naive(nn.Module):
 class FlowG(nn.Module):
     """Flow-G: v = gate * (candidate - x), both from (s, x_t, t).
 
-    (B, O), (B, h * A), (B, 1) -> (B, h * A). A step moves x by at most the way to the candidate.
-    The gate starts open, at sigmoid(5).
+    (B, O), (B, h * A), (B, 1) -> (B, h * A). A step moves x at most 1 / K of the way to the
+    candidate. The gate starts open, at sigmoid(5).
     """
 
     def __init__(self, obs_dim, action_dim, width, time_dim=32):
@@ -310,10 +311,10 @@ class FlowG(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm Transformer decoder layer, one token and one memory entry: (B, D) twice -> (B, D).
+    """Pre-norm Transformer decoder layer for one token and one memory entry of width D each.
 
-    A softmax over a single entry is 1, so queries, keys and heads have no effect, and what remains
-    of either attention is output(value(.)): of the token itself, and of the state.
+    (B, D), (B, D) -> (B, D). A softmax over a single entry is 1, so queries, keys and heads have no
+    effect, and each attention reduces to output(value(.)), of the token or of the state.
     """
 
     def __init__(self, width):
@@ -335,8 +336,8 @@ class FlowT(nn.Module):
     """Flow-T: a Transformer decoder computes v from the token (x_t, t), with the state as memory.
 
     (B, O), (B, h * A), (B, 1) -> (B, h * A). The paper's self-attention has a diagonal mask: the
-    token of step i sees itself and not the steps before it, or v would not be a function of x_i.
-    That is one token at a time.
+    token of step i sees only itself, not the earlier steps, or v would not be a function of x_i.
+    So this network takes one token at a time.
     """
 
     def __init__(self, obs_dim, action_dim, width, layers=2):
@@ -386,9 +387,9 @@ class LogSigma(nn.Module):
 
 
 class Policy(nn.Module):
-    """Normalisation of observations, velocity and noise level; a Gaussian has no noise level.
+    """Observation normalisation, velocity and noise level; a Gaussian has no noise level.
 
-    `sample_with_log_prob` puts them together.
+    `sample_with_log_prob` combines them.
     """
 
     def __init__(self, obs_dim, action_dim, args):
@@ -433,9 +434,10 @@ class Networks(nn.Module):
 
 
 def rollout(velocity, log_sigma, obs, x, eps):
-    """K noisy Euler steps from x at time 0 to time 1; the drift keeps the distribution of each x_i.
+    """K noisy Euler steps from x at time 0 to time 1; the drift preserves each x_i's distribution.
 
-    Exact as K grows, for the v of a rectified flow from N(0, I): (t v - x) / (1 - t) is its score.
+    This is exact as K grows if v is a rectified flow from N(0, I): its score is
+    (t v - x) / (1 - t).
     (B, O), (B, h * A), eps ~ N(0, I) (K, B, h * A) -> x_K and the path's log-density, (B,).
     """
     dt = 1 / len(eps)
@@ -457,8 +459,8 @@ def sample_with_log_prob(policy, obs, x0, eps):
     """The stochastic policy: actions (B, h * A) in [-1, 1] and the log-density of their path (B,).
 
     With a learned sigma, the path's entropy is at most 1.42 + K (1.42 - log(K) / 2) per action
-    dimension, and the temperature grows without end if --target-entropy is above that, as 0 is from
-    K = 20 on. A Gaussian is a path of one step, to which x_0 contributes nothing.
+    dimension. The temperature grows without bound if --target-entropy exceeds this, as the default
+    0 does from K = 20 on. A Gaussian is a path of one step and ignores x_0.
     """
     obs = policy.obs_norm(obs)
     if isinstance(policy.velocity, Gaussian):
@@ -496,7 +498,7 @@ def sample_actions(nets, obs, x0, args):
 
 
 class Noise(NamedTuple):
-    """All random numbers of an update, each for a batch; eps is that of the K steps of a path.
+    """All random numbers of an update for one batch; eps is the noise of the K steps of a path.
 
     x0 ~ N(0, I), (B, h * A); eps ~ N(0, I), (K, B, h * A); t ~ U(0, 1), (B, 1).
     """
@@ -553,7 +555,7 @@ def critic_loss(nets, batch, x0, eps, args):
 
 
 def flow_loss(nets, batch, x0, t):
-    """Flow matching on the dataset's actions; in a chunk, on those before the episode's end.
+    """Flow matching on the dataset's actions; in a chunk, only the valid actions count.
 
     As in the authors' scripts, x_1 is the action itself, although the policy acts tanh(x_K); the
     behaviour term of `policy_loss` compares the actions after tanh.
@@ -569,7 +571,8 @@ def flow_loss(nets, batch, x0, t):
 def policy_loss(nets, batch, x0, eps, args):
     """temperature * log pi - Q + beta * mean (a - a_data)^2, differentiated through all K steps.
 
-    With crossq it updates the running statistics of the observations, critic_loss the critic's.
+    With crossq, this loss updates the running statistics of the observations; critic_loss updates
+    the critic's.
     """
     obs = batch.observations
     nets.policy.train()
@@ -623,7 +626,7 @@ def update_critic(nets, optimizers, batch, noise, args, loss_fn=critic_loss):
     optimizers.critic.zero_grad()
     loss.backward()
     if args.critic == "sac":
-        with torch.no_grad():  # before Adam's step: from the old critic, as the authors do
+        with torch.no_grad():  # before Adam's step, so towards the old critic, as the authors do
             critics = zip(nets.target_critic.parameters(), nets.critic.parameters())
             for target_param, param in critics:
                 target_param.mul_(1 - args.tau).add_(param, alpha=args.tau)
@@ -647,8 +650,8 @@ def update_policy(nets, optimizers, batch, noise, args, loss_fn=policy_loss):
     loss.backward()
     optimizers.policy.step()
 
-    # The gradient that explodes or vanishes. Sigma's is left out: it contains that of the entropy,
-    # which grows with K for any velocity.
+    # The gradient that may explode or vanish. Sigma's gradient is left out: it contains the
+    # entropy's gradient, which grows with K for any velocity.
     gradients = [parameter.grad for parameter in nets.policy.velocity.parameters()]
     metrics["velocity_grad_norm"] = nn.utils.get_total_norm(gradients)
 
@@ -701,9 +704,10 @@ def act_with_noise(nets, obs, args, generator):
 
 
 def reset(env, seed):
-    """The first observation of an episode that follows from the seed.
+    """Start an episode that is reproducible from the seed; return its first observation.
 
-    OGBench draws from NumPy's global generator too. A copy: the environment may reuse its buffer.
+    OGBench also draws from NumPy's global generator. The observation is copied, since the
+    environment may reuse its buffer.
     """
     seed %= 2**32  # NumPy takes no more
     np.random.seed(seed)
@@ -718,7 +722,7 @@ def evaluate(policy, env, num_episodes, seed):
     """
     results = {"success": [], "return": [], "length": []}
     for episode in range(num_episodes):
-        obs = reset(env, seed * num_episodes + episode)  # other seeds share no episode
+        obs = reset(env, seed * num_episodes + episode)  # different seeds share no episodes
         chunk = []
         rewards = []
         done = False
@@ -726,7 +730,7 @@ def evaluate(policy, env, num_episodes, seed):
             if not chunk:
                 chunk = list(policy(obs[None])[0])
             obs, reward, terminated, truncated, info = env.step(chunk.pop(0))  # open loop
-            rewards.append(np.asarray(reward).item())  # an array of one, in some environments
+            rewards.append(np.asarray(reward).item())  # some environments return an array
             done = terminated or truncated
         results["success"].append(info.get("success", math.nan))
         results["return"].append(sum(rewards))
@@ -738,14 +742,14 @@ def evaluate(policy, env, num_episodes, seed):
 
 
 def train(args, dataset, env, eval_env, run):
-    """Train on `dataset`, then online in `env`, evaluate in `eval_env`; returns the networks.
+    """Train on `dataset`, then online in `env`; evaluate in `eval_env`. Returns the networks.
 
     dataset: common.Dataset, which may be empty; the online phase appends to it. env, eval_env: two
     environments with actions in [-1, 1]. run: common.Run.
     """
     common.check_env(env, dataset)
     device = dataset.actions.device
-    torch.manual_seed(args.seed + 2**31)  # weights; the noise's seed would draw the same numbers
+    torch.manual_seed(args.seed + 2**31)  # weights: not from the same random numbers as the noise
     generator = torch.Generator(device).manual_seed(args.seed)
     obs_dim = dataset.obs_dim
     action_dim = args.horizon * dataset.actions.shape[1]
@@ -790,7 +794,7 @@ def train(args, dataset, env, eval_env, run):
         torch.cuda.set_device(device)  # graphs are captured on the current device
         updates = {kind: CUDAGraph(update, generator) for kind, update in updates.items()}
 
-    obs = None  # of the online phase; None between episodes
+    obs = None  # the online phase's last observation; None between episodes
     run.show_progress(step, last_step, "steps")
     while step < last_step:
         step += 1
@@ -841,7 +845,7 @@ def train(args, dataset, env, eval_env, run):
             seed = args.seed + step
             eval_generator = torch.Generator(device).manual_seed(seed)
             policy = partial(act, nets, args=args, generator=eval_generator)
-            random_state = np.random.get_state()  # of an online episode in `env`
+            random_state = np.random.get_state()  # an online episode in `env` continues from it
             results = evaluate(policy, eval_env, args.eval_episodes, seed)
             np.random.set_state(random_state)
             row = dict(step=step, episodes=args.eval_episodes)
@@ -888,21 +892,17 @@ def make_env(args, **options):
 
 def check_args(args):
     """Raise UserError for a value that cannot work."""
-    positive = (
-        "batch_size policy_lr q_lr policy_frequency discount tau flow_steps horizon "
-        "eval_interval eval_episodes log_interval"
-    )
-    not_negative = (
+    may_be_zero = (
         "task seed offline_steps online_steps learning_starts policy_width bc_weight noise_std"
     )
-    common.check_flags(args, positive, not_negative)
+    common.check_flags(args, may_be_zero, any_sign="target_entropy")
     if args.online_steps > 0 and args.learning_starts >= args.online_steps:
         raise common.UserError(
             f"--learning-starts {args.learning_starts}: must be below --online-steps"
         )
     if not common.is_dataset(args.env) and args.learning_starts < args.horizon - 1:
         raise common.UserError(
-            f"--learning-starts {args.learning_starts}: a chunk has {args.horizon} steps"
+            f"--learning-starts {args.learning_starts}: must be at least --horizon - 1"
         )
     if 0 < args.policy_width < 4:
         raise common.UserError(f"--policy-width {args.policy_width}: must be 0 or at least 4")
@@ -948,7 +948,7 @@ def main():
     tuned = "cube-(double|triple|quadruple)-play"
     if common.is_dataset(args.env) and not re.match(tuned, args.env):
         chunks = "" if args.horizon > 1 else ", but without chunks"
-        print(f"--env {args.env} has no tuned settings: these are cube-double's{chunks}")
+        print(f"--env {args.env} has no tuned settings: using cube-double's{chunks}")
     with common.start_run(__file__, name, args, description, device) as run:
         train(args, dataset, env, eval_env, run)
 
@@ -960,7 +960,7 @@ class CUDAGraph:
     """A function as one CUDA graph: from the fourth call on, its kernels run without any Python.
 
     The function takes no arguments, never waits for the device, and draws random numbers from
-    `generator` only. Each call overwrites the tensors that the last one returned.
+    `generator` only. Each call overwrites the tensors that the previous call returned.
     """
 
     def __init__(self, function, generator):
@@ -998,10 +998,10 @@ def saved_args(folder):
 def parse_args():
     """The command line as Args. Raises UserError.
 
-    A flag that is not given has the value of the run to resume, else that of SETTINGS for --env,
-    else the default in Args; --help shows these values.
+    A flag that is not given takes its value from the run to resume, else from SETTINGS for --env,
+    else from the defaults in Args; --help shows these values.
     """
-    # A first pass for --env and --resume, which choose the defaults of the second.
+    # A first pass reads --env and --resume, which choose the defaults of the second pass.
     words = common.command_line()
     given, _ = tyro.cli(Args, args=words, return_unknown_args=True, add_help=False)
     default = Args(env=given.env)
@@ -1019,7 +1019,7 @@ def parse_args():
 
 
 def choose_device(name):
-    """--device as a torch.device; "auto" is CUDA if one kernel runs there. Raises UserError."""
+    """--device as a torch.device; "auto" is CUDA if a test kernel runs on it. Raises UserError."""
     if name == "cpu" or (name == "auto" and torch.cuda.device_count() == 0):
         return torch.device("cpu")
     try:

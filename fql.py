@@ -2,20 +2,21 @@
 
 A flow policy turns noise x_0 ~ N(0, I) into an action x_1 by following a velocity field v(s, x, t)
 from t = 0 to t = 1. Imitating the dataset is a regression problem, called flow matching. The direct
-way to improve on it is to differentiate Q through every step of the solver, which costs memory and
-can be unstable.
+way to improve on the data is to backpropagate Q through every step of the solver, which costs
+memory and can be unstable.
 
 FQL avoids this. The flow only imitates. A second network mu(s, z) maps noise to an action in one
-step, and this is the policy: the flow teaches it to stay close to the data, the critic to improve,
-and the critic's gradient passes through that one step only. In this file's notation, with x_0 and z
-noise, x_1 an action of the dataset and x_t = (1 - t) x_0 + t x_1, the three networks learn:
+step, and this network is the policy. It learns to stay close to the flow's actions and to maximise
+Q, and the critic's gradient passes through its single step only. In this file's notation, with x_0
+and z noise, x_1 an action of the dataset and x_t = (1 - t) x_0 + t x_1, the three networks learn:
 
     critic    Q(s, a)       ->  r + discount * mask * Q'(s', a'),  a' from the policy, Q' the target
     velocity  v(s, x_t, t)  ->  x_1 - x_0
     one_step  mu(s, z)      minimises  alpha * mean (mu - flow's action from z)^2 - Q(s, clip(mu))
 
 The arrow means: is trained towards. With chunks of h actions (--horizon; Q-chunking,
-https://arxiv.org/abs/2507.07969), r is their discounted sum and discount becomes discount^h.
+https://arxiv.org/abs/2507.07969), r is the discounted sum of the rewards in a chunk and discount
+becomes discount^h.
 
 With --online-steps, training continues in the environment: before each update the policy takes one
 step, which is added to the dataset.
@@ -27,16 +28,17 @@ Park, Li, Levine: Flow Q-Learning, ICML 2025, https://arxiv.org/abs/2502.02538
     python fql.py --env visual-cube-single-play-singletask-task1-v0    # on pixels
     python fql.py --resume RUN --online-steps 200000  # a finished run, now online
 
-QAM (https://arxiv.org/abs/2601.14234) compares with FQL with --num-critics 10 --q-agg mean, --rho
-0.5 (humanoidmaze: 0), for cube, scene and puzzle --horizon 5, for scene and puzzle --sparse, and
-other alphas: antmaze 3, humanoidmaze 30, cube-double 300, cube-triple 30, cube-quadruple 100,
-scene 300, puzzle-3x3 300, puzzle-4x4 1. Q-Flow's second table is in this setting.
+QAM (https://arxiv.org/abs/2601.14234) runs its FQL baseline with --num-critics 10 --q-agg mean
+--rho 0.5 (humanoidmaze: --rho 0), with --horizon 5 for cube, scene and puzzle, with --sparse for
+scene and puzzle, and with these alphas: antmaze 3, humanoidmaze 30, cube-double 300, cube-triple
+30, cube-quadruple 100, scene 300, puzzle-3x3 300, puzzle-4x4 1. Q-Flow's second table uses the same
+critics, chunks and rewards.
 
-Q-chunking's QC-FQL is --horizon 5 --q-agg mean, with alpha 300 for cube-double and, with --sparse,
-for scene and puzzle-3x3, with alpha 100 for cube-triple and -quadruple.
+Q-chunking's QC-FQL is --horizon 5 --q-agg mean, with alpha 300 for cube-double, scene and
+puzzle-3x3 (the last two with --sparse), and alpha 100 for cube-triple and cube-quadruple.
 
-For runs that go online, FQL's authors use alpha 100 for humanoidmaze-medium and 30 for
-antsoccer-arena, already in the offline phase.
+For offline-to-online runs, FQL's authors use alpha 100 for humanoidmaze-medium and 30 for
+antsoccer-arena, in both phases.
 """
 
 import copy
@@ -65,7 +67,7 @@ class Args:
     env: str = "pointmaze-medium-navigate-v0"
     """OGBench dataset: NAME-v0, NAME-singletask-v0 or NAME-singletask-taskN-v0"""
     task: int = 0
-    """task of the environment, 1 to 5; 0 is that of --env, else OGBench's default task"""
+    """task number, 1 to 5; 0: the task in the name of --env, else OGBench's default task"""
     dataset: str = ""
     """npz file or its URL; default: the official file (pointmaze-*-navigate: collected here)"""
     sparse: bool = False
@@ -77,7 +79,7 @@ class Args:
     offline_steps: int = 1_000_000
     """number of updates on the dataset"""
     online_steps: int = 0
-    """number of updates after that; before each, one step in the environment joins the data"""
+    """number of further updates; before each, one environment step is added to the dataset"""
     batch_size: int = 256
     """transitions (or chunks) per update"""
     lr: float = 3e-4
@@ -125,7 +127,7 @@ class Args:
 
 
 # Defaults per environment, from the paper (pointmaze: our own, small enough for a laptop). Keys are
-# regular expressions for the beginning of --env; later matches override earlier ones.
+# regular expressions matched at the start of --env; later matches override earlier ones.
 SETTINGS = {
     "pointmaze": dict(
         alpha=16.0,
@@ -150,7 +152,7 @@ SETTINGS = {
     "scene-play": dict(alpha=300.0, q_agg="mean", discount=0.99),
     "puzzle-3x3-play": dict(alpha=1000.0, q_agg="mean", discount=0.99),
     "puzzle-4x4-play": dict(alpha=1000.0, q_agg="mean", discount=0.99),
-    # On pixels; tuned on task 1, with the mean of the critics and a discount of 0.99.
+    # Pixels: tuned on task 1, with the defaults --q-agg mean and --discount 0.99.
     "visual-cube-single-play": dict(alpha=300.0, offline_steps=500_000),
     "visual-cube-double-play": dict(alpha=100.0, offline_steps=500_000),
     "visual-scene-play": dict(alpha=100.0, offline_steps=500_000),
@@ -172,7 +174,7 @@ class EnsembleLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(ensemble, in_dim, out_dim))
         self.bias = nn.Parameter(torch.zeros(ensemble, 1, out_dim))
-        for weight in self.weight:  # one by one: the fans of the stacked tensor would be wrong
+        for weight in self.weight:  # one by one: the stacked tensor has a wrong fan-in and fan-out
             nn.init.xavier_uniform_(weight)
 
     def forward(self, x):
@@ -181,7 +183,7 @@ class EnsembleLinear(nn.Module):
 
 
 class EnsembleLayerNorm(nn.Module):
-    """LayerNorm, scale and bias separate for each member: (ensemble, B, dim) -> same shape."""
+    """LayerNorm with separate scale and bias for each member: (ensemble, B, dim) -> same shape."""
 
     def __init__(self, dim, ensemble):
         super().__init__()
@@ -194,7 +196,7 @@ class EnsembleLayerNorm(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """(B, in) -> (ensemble, B, out); hidden layers are linear, GELU and, if asked, LayerNorm."""
+    """(B, in) -> (ensemble, B, out); hidden layers: linear, GELU and, if layer_norm, LayerNorm."""
 
     def __init__(self, in_dim, hidden, out_dim, ensemble=1, layer_norm=False):
         layers = []
@@ -325,8 +327,8 @@ def aggregate(q, q_agg):
 def td_target(nets, batch, z, args):
     """r + discount^h * mask * Q'(s', a'), with a' from the current policy: (B,).
 
-    Q' is the mean of the target critics - rho * their population standard deviation, or the
-    minimum.
+    Q' is the mean of the target critics minus rho times their population standard deviation, or
+    their minimum.
     """
     next_actions = sample_actions(nets, batch.next_observations, z, args)
     next_qs = nets.target_critic(batch.next_observations, next_actions)
@@ -348,7 +350,7 @@ def critic_loss(nets, batch, target):
 
 
 def flow_loss(nets, batch, x0, t):
-    """Flow matching on the dataset's actions; of a chunk, the valid ones count."""
+    """Flow matching on the dataset's actions; in a chunk, only the valid actions count."""
     xt = (1 - t) * x0 + t * batch.actions
     error = nets.velocity(batch.observations, xt, t) - (batch.actions - x0)
     error = error.unflatten(1, (batch.valid.shape[1], -1))  # (B, h, A)
@@ -377,7 +379,7 @@ def policy_loss(nets, batch, z, args):
 
 
 def total_loss(nets, batch, noise, args):
-    """The sum of the losses, for one backward; each must train its own network only."""
+    """The sum of the losses, for one backward pass; each must train its own network only."""
     q_target = td_target(nets, batch, noise.next_z, args)
     td_loss, q_metrics = critic_loss(nets, batch, q_target)
     fm_loss, fm_metrics = flow_loss(nets, batch, noise.flow_x0, noise.flow_t)
@@ -401,7 +403,7 @@ def update(nets, optimizer, batch, noise, args, loss_fn=total_loss):
     loss, metrics = loss_fn(nets, batch, noise, args)
     optimizer.zero_grad()
     loss.backward()
-    with torch.no_grad():  # before Adam's step: from the old critic, as the authors do
+    with torch.no_grad():  # before Adam's step, so towards the old critic, as the authors do
         critics = zip(nets.target_critic.parameters(), nets.critic.parameters())
         for target_param, param in critics:
             target_param.mul_(1 - args.tau).add_(param, alpha=args.tau)
@@ -412,9 +414,9 @@ def update(nets, optimizer, batch, noise, args, loss_fn=total_loss):
 # --------------------------------------------------------------------------------------- pixels
 #
 # Not needed for state observations. An observation of the visual-* tasks is an image (H, W, C),
-# uint8: the last three frames, concatenated along the channels. Each network, the target critic
-# too, has an encoder of its own, which the critics of the ensemble share. Half of the batches are
-# augmented by small shifts, the same ones for s and s'.
+# uint8: the last three frames, concatenated along the channels. Each network, including the target
+# critic, has its own encoder; the critics of an ensemble share one. Half of the batches are
+# augmented by small random shifts, the same for s and s'.
 
 
 class ResidualStack(nn.Module):
@@ -484,7 +486,7 @@ class WithEncoder(nn.Module):
 
 
 def add_encoders(nets, image_shape):
-    """Let each of the `Networks` begin with an encoder."""
+    """Put an encoder in front of each trainable network."""
     nets.critic = WithEncoder(image_shape, nets.critic)
     nets.velocity = WithEncoder(image_shape, nets.velocity)
     nets.one_step = WithEncoder(image_shape, nets.one_step)
@@ -544,9 +546,10 @@ def act(nets, obs, args, generator=None):
 
 
 def reset(env, seed):
-    """The first observation of an episode that follows from the seed.
+    """Start an episode that is reproducible from the seed; return its first observation.
 
-    OGBench draws from NumPy's global generator too. A copy: the environment may reuse its buffer.
+    OGBench also draws from NumPy's global generator. The observation is copied, since the
+    environment may reuse its buffer.
     """
     seed %= 2**32  # NumPy takes no more
     np.random.seed(seed)
@@ -561,7 +564,7 @@ def evaluate(policy, env, num_episodes, seed):
     """
     results = {"success": [], "return": [], "length": []}
     for episode in range(num_episodes):
-        obs = reset(env, seed * num_episodes + episode)  # other seeds share no episode
+        obs = reset(env, seed * num_episodes + episode)  # different seeds share no episodes
         chunk = []
         rewards = []
         done = False
@@ -569,7 +572,7 @@ def evaluate(policy, env, num_episodes, seed):
             if not chunk:
                 chunk = list(policy(obs[None])[0])
             obs, reward, terminated, truncated, info = env.step(chunk.pop(0))  # open loop
-            rewards.append(np.asarray(reward).item())  # an array of one, in some environments
+            rewards.append(np.asarray(reward).item())  # some environments return an array
             done = terminated or truncated
         results["success"].append(info.get("success", math.nan))
         results["return"].append(sum(rewards))
@@ -581,14 +584,14 @@ def evaluate(policy, env, num_episodes, seed):
 
 
 def train(args, dataset, env, eval_env, run):
-    """Train on `dataset`, then online in `env`, evaluate in `eval_env`; returns the networks.
+    """Train on `dataset`, then online in `env`; evaluate in `eval_env`. Returns the networks.
 
     dataset: common.Dataset; the online phase appends to it. env, eval_env: two environments with
     actions in [-1, 1]. run: common.Run.
     """
     common.check_env(env, dataset)
     device = dataset.actions.device
-    torch.manual_seed(args.seed + 2**31)  # weights; the noise's seed would draw the same numbers
+    torch.manual_seed(args.seed + 2**31)  # weights: not from the same random numbers as the noise
     generator = torch.Generator(device).manual_seed(args.seed)
     obs_dim = dataset.obs_dim
     action_dim = args.horizon * dataset.actions.shape[1]
@@ -601,7 +604,7 @@ def train(args, dataset, env, eval_env, run):
     checkpoint = run.begin(nets)  # loads the weights, too
     if checkpoint:
         step = checkpoint["step"]
-        # Adam's averages only: the learning rate is this run's --lr.
+        # Only Adam's moments are restored: the learning rate is the current --lr.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})
         common.restore_generator(generator, checkpoint["generator"], args.seed + step)
         dataset.append_collected(checkpoint["collected"])
@@ -619,7 +622,7 @@ def train(args, dataset, env, eval_env, run):
         torch.cuda.set_device(device)  # a graph is captured on the current device
         sample_and_update = CUDAGraph(sample_and_update, generator)
 
-    obs = None  # of the online phase; None between episodes
+    obs = None  # the online phase's last observation; None between episodes
     run.show_progress(step, last_step, "updates")
     while step < last_step:
         step += 1
@@ -656,7 +659,7 @@ def train(args, dataset, env, eval_env, run):
             seed = args.seed + step
             eval_generator = torch.Generator(device).manual_seed(seed)
             policy = partial(act, nets, args=args, generator=eval_generator)
-            random_state = np.random.get_state()  # of an online episode in `env`
+            random_state = np.random.get_state()  # an online episode in `env` continues from it
             results = evaluate(policy, eval_env, args.eval_episodes, seed)
             np.random.set_state(random_state)
             row = dict(step=step, episodes=args.eval_episodes)
@@ -695,11 +698,7 @@ def make_env(args, **options):
 
 def check_args(args):
     """Raise UserError for a value that cannot work."""
-    positive = (
-        "batch_size lr discount tau flow_steps num_critics horizon alpha eval_interval "
-        "eval_episodes log_interval"
-    )
-    common.check_flags(args, positive, "task seed offline_steps online_steps rho")
+    common.check_flags(args, may_be_zero="task seed offline_steps online_steps rho")
     if args.rho > 0 and args.q_agg == "min":
         raise common.UserError(f"--rho {args.rho}: needs --q-agg mean")
     if args.sparse and not args.env.startswith(("scene-", "puzzle-")):
@@ -729,7 +728,7 @@ def main():
     if args.horizon > len(dataset):
         raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")
     if not any(re.match(names, args.env) for names in SETTINGS):
-        print(f"--env {args.env} has no tuned settings: these are the defaults")
+        print(f"--env {args.env} has no tuned settings: using the defaults")
     with common.start_run(__file__, name, args, description, device) as run:
         train(args, dataset, env, eval_env, run)
 
@@ -741,7 +740,7 @@ class CUDAGraph:
     """A function as one CUDA graph: from the fourth call on, its kernels run without any Python.
 
     The function takes no arguments, never waits for the device, and draws random numbers from
-    `generator` only. Each call overwrites the tensors that the last one returned.
+    `generator` only. Each call overwrites the tensors that the previous call returned.
     """
 
     def __init__(self, function, generator):
@@ -779,10 +778,10 @@ def saved_args(folder):
 def parse_args():
     """The command line as Args. Raises UserError.
 
-    A flag that is not given has the value of the run to resume, else that of SETTINGS for --env,
-    else the default in Args; --help shows these values.
+    A flag that is not given takes its value from the run to resume, else from SETTINGS for --env,
+    else from the defaults in Args; --help shows these values.
     """
-    # A first pass for --env and --resume, which choose the defaults of the second.
+    # A first pass reads --env and --resume, which choose the defaults of the second pass.
     words = common.command_line()
     given, _ = tyro.cli(Args, args=words, return_unknown_args=True, add_help=False)
     default = Args(env=given.env)
@@ -800,7 +799,7 @@ def parse_args():
 
 
 def choose_device(name):
-    """--device as a torch.device; "auto" is CUDA if one kernel runs there. Raises UserError."""
+    """--device as a torch.device; "auto" is CUDA if a test kernel runs on it. Raises UserError."""
     if name == "cpu" or (name == "auto" and torch.cuda.device_count() == 0):
         return torch.device("cpu")
     try:

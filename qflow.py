@@ -2,8 +2,8 @@
 
 A flow policy turns noise x_0 ~ N(0, I) into an action x_1 by following a velocity field v(s, x, t)
 from t = 0 to t = 1. Imitating the dataset is a regression problem, called flow matching. The direct
-way to improve on it is to differentiate Q through every step of the solver, which costs memory and
-can be unstable.
+way to improve on the data is to backpropagate Q through every step of the solver, which costs
+memory and can be unstable.
 
 Q-Flow avoids this. The flow is deterministic, so a point x_t on the way has exactly the value of
 the action at its end. A network V(s, x_t, t) learns this value, and its gradient with respect to
@@ -15,7 +15,8 @@ notation, with x_0 noise, x_1 an action of the dataset and x_t = (1 - t) x_0 + t
     velocity  v(s, x_t, t)  ->  x_1 - x_0 + 1 / lam * grad_x V(s, x_t, t)
 
 The arrow means: is trained towards. With chunks of h actions (--horizon; Q-chunking,
-https://arxiv.org/abs/2507.07969), r is their discounted sum and discount becomes discount^h.
+https://arxiv.org/abs/2507.07969), r is the discounted sum of the rewards in a chunk and discount
+becomes discount^h.
 
 With --online-steps, training continues in the environment: before each update the policy takes one
 step, which is added to the dataset.
@@ -27,8 +28,9 @@ Policy, ICML 2026, https://arxiv.org/abs/2605.13435
     python qflow.py --env antmaze-giant-navigate-v0     # with the paper's settings
     python qflow.py --resume RUN --online-steps 200000  # a finished run, now online
 
-The paper's second table uses --num-critics 10 --q-agg mean --rho 0.5 (humanoidmaze: 0); for cube,
-scene and puzzle --horizon 5; for scene and puzzle --sparse. Its lambda was not published.
+The paper's second table uses --num-critics 10 --q-agg mean --rho 0.5 (humanoidmaze: --rho 0), with
+--horizon 5 for cube, scene and puzzle and --sparse for scene and puzzle. The lambdas of this table
+were not published.
 """
 
 import copy
@@ -57,7 +59,7 @@ class Args:
     env: str = "pointmaze-medium-navigate-v0"
     """OGBench dataset: NAME-v0, NAME-singletask-v0 or NAME-singletask-taskN-v0"""
     task: int = 0
-    """task of the environment, 1 to 5; 0 is that of --env, else OGBench's default task"""
+    """task number, 1 to 5; 0: the task in the name of --env, else OGBench's default task"""
     dataset: str = ""
     """npz file or its URL; default: the official file (pointmaze-*-navigate: collected here)"""
     sparse: bool = False
@@ -69,7 +71,7 @@ class Args:
     offline_steps: int = 1_000_000
     """number of updates on the dataset"""
     online_steps: int = 0
-    """number of updates after that; before each, one step in the environment joins the data"""
+    """number of further updates; before each, one environment step is added to the dataset"""
     batch_size: int = 256
     """transitions (or chunks) per update"""
     lr: float = 3e-4
@@ -93,7 +95,7 @@ class Args:
     lam: float = 1.0
     """lambda, strength of the regularisation towards the data: grad V has weight 1 / lambda"""
     time_dim: int = 64
-    """size of the value's Fourier embedding of flow time; the authors had 64, later 16 or none"""
+    """size of V's Fourier embedding of flow time; the authors used 64, later 16 or no embedding"""
     eval_interval: int = 100_000
     """updates between evaluations (the last update of a phase is always evaluated)"""
     eval_episodes: int = 50
@@ -115,7 +117,7 @@ class Args:
 
 
 # Defaults per environment, from the paper (pointmaze: our own, small enough for a laptop). Keys are
-# regular expressions for the beginning of --env; later matches override earlier ones.
+# regular expressions matched at the start of --env; later matches override earlier ones.
 SETTINGS = {
     "pointmaze": dict(
         lam=4.0,
@@ -156,7 +158,7 @@ class EnsembleLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(ensemble, in_dim, out_dim))
         self.bias = nn.Parameter(torch.zeros(ensemble, 1, out_dim))
-        for weight in self.weight:  # one by one: the fans of the stacked tensor would be wrong
+        for weight in self.weight:  # one by one: the stacked tensor has a wrong fan-in and fan-out
             nn.init.xavier_uniform_(weight)
 
     def forward(self, x):
@@ -165,7 +167,7 @@ class EnsembleLinear(nn.Module):
 
 
 class EnsembleLayerNorm(nn.Module):
-    """LayerNorm, scale and bias separate for each member: (ensemble, B, dim) -> same shape."""
+    """LayerNorm with separate scale and bias for each member: (ensemble, B, dim) -> same shape."""
 
     def __init__(self, dim, ensemble):
         super().__init__()
@@ -178,7 +180,7 @@ class EnsembleLayerNorm(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """(B, in) -> (ensemble, B, out); hidden layers are linear, GELU and, if asked, LayerNorm."""
+    """(B, in) -> (ensemble, B, out); hidden layers: linear, GELU and, if layer_norm, LayerNorm."""
 
     def __init__(self, in_dim, hidden, out_dim, ensemble=1, layer_norm=False):
         layers = []
@@ -301,8 +303,8 @@ def aggregate(q, q_agg):
 def targets(nets, batch, next_x0, xt, t, args):
     """Targets of the critic, r + discount^h * mask * Q'(s', a'), and of V, Q'(s, y): (B,), (B,).
 
-    Q' is the mean of the target critics - rho * their population standard deviation, or the
-    minimum. The policy's flow takes next_x0 to a' at s', and x_t to y at s: one rollout of 2B
+    Q' is the mean of the target critics minus rho times their population standard deviation, or
+    their minimum. The policy's flow takes next_x0 to a' at s', and x_t to y at s: one rollout of 2B
     samples, which is faster than two of B.
     """
     obs = torch.cat([batch.next_observations, batch.observations])
@@ -325,7 +327,7 @@ def guidance(value, obs, xt, t):
     V is the mean of the ensemble even with q_agg min, as in the authors' code.
     """
 
-    def total_value(x):  # summed over the batch: each sample has the gradient of its own value
+    def total_value(x):  # each sample's gradient of this sum is the gradient of its own value
         return value(obs, x, t).mean(0).sum()
 
     return torch.func.grad(total_value)(xt)  # works within no_grad, too
@@ -343,10 +345,10 @@ def critic_loss(nets, batch, target):
 
 
 def value_loss(nets, batch, xt, t, target, args):
-    """Flow consistency: a path of the flow goes through (x_t, t); target (B,) is its end's value.
+    """Flow consistency: V(s, x_t, t) learns the target (B,), which is Q' where the flow ends.
 
-    With q_agg min, each sample trains the smallest member only. With rho, V is the plain mean: the
-    pessimism is in the target.
+    With q_agg min, each sample trains only the ensemble member with the smallest value. With rho, V
+    is the plain mean: the pessimism is in the target.
     """
     v = aggregate(nets.value(batch.observations, xt, t), args.q_agg)
     loss = (batch.valid[:, -1] * (v - target) ** 2).mean()
@@ -354,7 +356,7 @@ def value_loss(nets, batch, xt, t, target, args):
 
 
 def policy_loss(nets, batch, x0, t, args):
-    """Flow matching on the dataset's actions, with the velocity bent by the guidance."""
+    """Flow matching on the dataset's actions, with the target velocity bent by the guidance."""
     xt = (1 - t) * x0 + t * batch.actions
     target = batch.actions - x0 + guidance(nets.value, batch.observations, xt, t) / args.lam
     error = nets.velocity(batch.observations, xt, t) - target
@@ -363,9 +365,9 @@ def policy_loss(nets, batch, x0, t, args):
 
 
 def total_loss(nets, batch, noise, args):
-    """The sum of the losses, for one backward; each must train its own network only."""
+    """The sum of the losses, for one backward pass; each must train its own network only."""
     t = noise.value_t
-    xt = (1 - t) * noise.value_x0 + t * batch.actions  # V's point, for `targets` and `value_loss`
+    xt = (1 - t) * noise.value_x0 + t * batch.actions  # the point at which V is trained
     q_target, v_target = targets(nets, batch, noise.next_x0, xt, t, args)
     td_loss, q_metrics = critic_loss(nets, batch, q_target)
     v_loss, v_metrics = value_loss(nets, batch, xt, t, v_target, args)
@@ -389,7 +391,7 @@ def update(nets, optimizer, batch, noise, args, loss_fn=total_loss):
     loss, metrics = loss_fn(nets, batch, noise, args)
     optimizer.zero_grad()
     loss.backward()
-    with torch.no_grad():  # before Adam's step: from the old critic, as the authors do
+    with torch.no_grad():  # before Adam's step, so towards the old critic, as the authors do
         critics = zip(nets.target_critic.parameters(), nets.critic.parameters())
         for target_param, param in critics:
             target_param.mul_(1 - args.tau).add_(param, alpha=args.tau)
@@ -421,9 +423,10 @@ def act(nets, obs, args, generator=None):
 
 
 def reset(env, seed):
-    """The first observation of an episode that follows from the seed.
+    """Start an episode that is reproducible from the seed; return its first observation.
 
-    OGBench draws from NumPy's global generator too. A copy: the environment may reuse its buffer.
+    OGBench also draws from NumPy's global generator. The observation is copied, since the
+    environment may reuse its buffer.
     """
     seed %= 2**32  # NumPy takes no more
     np.random.seed(seed)
@@ -438,7 +441,7 @@ def evaluate(policy, env, num_episodes, seed):
     """
     results = {"success": [], "return": [], "length": []}
     for episode in range(num_episodes):
-        obs = reset(env, seed * num_episodes + episode)  # other seeds share no episode
+        obs = reset(env, seed * num_episodes + episode)  # different seeds share no episodes
         chunk = []
         rewards = []
         done = False
@@ -446,7 +449,7 @@ def evaluate(policy, env, num_episodes, seed):
             if not chunk:
                 chunk = list(policy(obs[None])[0])
             obs, reward, terminated, truncated, info = env.step(chunk.pop(0))  # open loop
-            rewards.append(np.asarray(reward).item())  # an array of one, in some environments
+            rewards.append(np.asarray(reward).item())  # some environments return an array
             done = terminated or truncated
         results["success"].append(info.get("success", math.nan))
         results["return"].append(sum(rewards))
@@ -458,14 +461,14 @@ def evaluate(policy, env, num_episodes, seed):
 
 
 def train(args, dataset, env, eval_env, run):
-    """Train on `dataset`, then online in `env`, evaluate in `eval_env`; returns the networks.
+    """Train on `dataset`, then online in `env`; evaluate in `eval_env`. Returns the networks.
 
     dataset: common.Dataset; the online phase appends to it. env, eval_env: two environments with
     actions in [-1, 1]. run: common.Run.
     """
     common.check_env(env, dataset)
     device = dataset.actions.device
-    torch.manual_seed(args.seed + 2**31)  # weights; the noise's seed would draw the same numbers
+    torch.manual_seed(args.seed + 2**31)  # weights: not from the same random numbers as the noise
     generator = torch.Generator(device).manual_seed(args.seed)
     obs_dim = dataset.obs_dim
     action_dim = args.horizon * dataset.actions.shape[1]
@@ -478,7 +481,7 @@ def train(args, dataset, env, eval_env, run):
     checkpoint = run.begin(nets)  # loads the weights, too
     if checkpoint:
         step = checkpoint["step"]
-        # Adam's averages only: the learning rate is this run's --lr.
+        # Only Adam's moments are restored: the learning rate is the current --lr.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": checkpoint["optimizer"]})
         common.restore_generator(generator, checkpoint["generator"], args.seed + step)
         dataset.append_collected(checkpoint["collected"])
@@ -494,7 +497,7 @@ def train(args, dataset, env, eval_env, run):
         torch.cuda.set_device(device)  # a graph is captured on the current device
         sample_and_update = CUDAGraph(sample_and_update, generator)
 
-    obs = None  # of the online phase; None between episodes
+    obs = None  # the online phase's last observation; None between episodes
     run.show_progress(step, last_step, "updates")
     while step < last_step:
         step += 1
@@ -531,7 +534,7 @@ def train(args, dataset, env, eval_env, run):
             seed = args.seed + step
             eval_generator = torch.Generator(device).manual_seed(seed)
             policy = partial(act, nets, args=args, generator=eval_generator)
-            random_state = np.random.get_state()  # of an online episode in `env`
+            random_state = np.random.get_state()  # an online episode in `env` continues from it
             results = evaluate(policy, eval_env, args.eval_episodes, seed)
             np.random.set_state(random_state)
             row = dict(step=step, episodes=args.eval_episodes)
@@ -568,11 +571,7 @@ def make_env(args, **options):
 
 def check_args(args):
     """Raise UserError for a value that cannot work."""
-    positive = (
-        "batch_size lr discount tau flow_steps num_critics horizon lam time_dim eval_interval "
-        "eval_episodes log_interval"
-    )
-    common.check_flags(args, positive, "task seed offline_steps online_steps rho")
+    common.check_flags(args, may_be_zero="task seed offline_steps online_steps rho")
     if args.time_dim % 2 == 1:
         raise common.UserError(f"--time-dim {args.time_dim}: must be even")
     if args.rho > 0 and args.q_agg == "min":
@@ -598,7 +597,7 @@ def main():
     if args.horizon > len(dataset):
         raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")
     if not any(re.match(names, args.env) for names in SETTINGS):
-        print(f"--env {args.env} has no tuned settings: these are the defaults")
+        print(f"--env {args.env} has no tuned settings: using the defaults")
     with common.start_run(__file__, name, args, description, device) as run:
         train(args, dataset, env, eval_env, run)
 
@@ -610,7 +609,7 @@ class CUDAGraph:
     """A function as one CUDA graph: from the fourth call on, its kernels run without any Python.
 
     The function takes no arguments, never waits for the device, and draws random numbers from
-    `generator` only. Each call overwrites the tensors that the last one returned.
+    `generator` only. Each call overwrites the tensors that the previous call returned.
     """
 
     def __init__(self, function, generator):
@@ -648,10 +647,10 @@ def saved_args(folder):
 def parse_args():
     """The command line as Args. Raises UserError.
 
-    A flag that is not given has the value of the run to resume, else that of SETTINGS for --env,
-    else the default in Args; --help shows these values.
+    A flag that is not given takes its value from the run to resume, else from SETTINGS for --env,
+    else from the defaults in Args; --help shows these values.
     """
-    # A first pass for --env and --resume, which choose the defaults of the second.
+    # A first pass reads --env and --resume, which choose the defaults of the second pass.
     words = common.command_line()
     given, _ = tyro.cli(Args, args=words, return_unknown_args=True, add_help=False)
     default = Args(env=given.env)
@@ -669,7 +668,7 @@ def parse_args():
 
 
 def choose_device(name):
-    """--device as a torch.device; "auto" is CUDA if one kernel runs there. Raises UserError."""
+    """--device as a torch.device; "auto" is CUDA if a test kernel runs on it. Raises UserError."""
     if name == "cpu" or (name == "auto" and torch.cuda.device_count() == 0):
         return torch.device("cpu")
     try:

@@ -81,7 +81,7 @@ def test_every_name_of_every_dataset_resolves_to_an_environment():
         ("cube-double-play-singletask-task0-v0", 0, "task0"),
         ("cube-double-play-v0", 7, "--task 7"),
         ("cube-double-play-v0", -1, "--task -1"),
-        ("cube-double-play-singletask-task2-v0", 3, "has a task already"),
+        ("cube-double-play-singletask-task2-v0", 3, "already has a task"),
     ],
 )
 def test_wrong_names_are_one_line_with_the_way_out(env, task, words):
@@ -568,7 +568,7 @@ def test_a_file_with_rewards_can_be_made_sparse(collected, tmp_path):
     ],
 )
 def test_the_file_of_another_environment_is_refused(source):
-    message = f"^--dataset {re.escape(source)}: is of another environment than {NAME}"
+    message = f"^--dataset {re.escape(source)}: is for another environment, not for {NAME}"
     with pytest.raises(common.UserError, match=message):
         common.get_dataset(NAME, ENV_ID, source)
 
@@ -589,37 +589,14 @@ def test_the_file_of_another_kind_or_task_is_not_refused(collected, tmp_path, na
     assert len(dataset) > 0
 
 
-def test_files_that_are_damaged_or_something_else(collected, tmp_path):
+def test_a_damaged_file_is_refused(collected, tmp_path):
     path = tmp_path / "data.npz"
-    assert "No such file" in load_error(path)
-    whole = collected.read_bytes()
-    for content in (whole[: len(whole) // 2], b"", b"<html>not found</html>"):
-        path.write_bytes(content)
-        assert "not a zip" in load_error(path)
-    path.write_bytes(whole[:2000] + bytes(400) + whole[2400:])
-    load_error(path)
     with np.load(collected) as file:
         np.savez(path, **file)
     whole = path.read_bytes()
     somewhere = whole.index(b"actions.npy") + 2000  # among its numbers, which are not compressed
     path.write_bytes(whole[:somewhere] + b"?" + whole[somewhere + 1 :])
     assert "Bad CRC-32 for file 'actions.npy'" in load_error(path)
-    np.save(tmp_path / "array.npy", np.zeros(3))
-    load_error(tmp_path / "array.npy")
-
-
-def test_objects_are_never_unpickled(collected, tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return open, (str(tmp_path / "unpickled"), "w")
-
-    with np.load(collected) as file:
-        arrays = dict(file)
-    for name in ("actions", "source"):
-        path = tmp_path / f"{name}.npz"
-        np.savez(path, **{**arrays, name: np.array([Bomb()], object)})
-        load_error(path)
-    assert not (tmp_path / "unpickled").exists()
 
 
 def test_a_mistake_of_ours_is_not_called_a_damaged_file(collected, monkeypatch):
@@ -942,10 +919,10 @@ def test_weights_of_other_networks_are_refused():
     weights = torch.nn.Linear(2, 3).state_dict()
     common.load_weights(nets, weights)
     assert torch.equal(nets.weight, weights["weight"])
-    words = "other networks: weight is (3, 4) there and (3, 2) here"
+    words = "these networks: weight has shape (3, 4), expected (3, 2)"
     with pytest.raises(common.UserError, match=re.escape(words)):
         common.load_weights(nets, torch.nn.Linear(4, 3).state_dict())
-    with pytest.raises(common.UserError, match="other networks: bias is None"):
+    with pytest.raises(common.UserError, match="these networks: bias has shape None"):
         common.load_weights(nets, dict(weight=weights["weight"]))
     assert torch.equal(nets.weight, weights["weight"])
 
@@ -1003,7 +980,7 @@ def test_what_has_diverged_is_not_to_be_resumed(tmp_path, capsys, error, can_res
         run.show_progress(0, 1, "updates")
         run.save(step=1, nets={})
         raise error
-    assert ("stopped; start it again to go on" in capsys.readouterr().err) == can_resume
+    assert ("stopped; start it again to continue" in capsys.readouterr().err) == can_resume
     assert common.read_checkpoint(run.folder)["step"] == 1
 
 
@@ -1065,8 +1042,8 @@ def test_large_numbers_on_the_command_line(monkeypatch, given, read):
 )
 def test_numbers_that_cannot_work(change, words):
     right = dict(lr=1.0, batch_size=1, seed=0, rho=0.0, discount=1.0, tau=1, hidden=(1,))
-    right.update(offline_steps=1, online_steps=0, own=0.0, resume="")
-    names = ("lr batch_size discount tau", "seed rho offline_steps online_steps")
+    right.update(offline_steps=1, online_steps=0, resume="", own=-1.0, sparse=False)
+    names = ("seed rho offline_steps online_steps", "own")
     common.check_flags(SimpleNamespace(**right), *names)
     with pytest.raises(common.UserError, match=f"^{re.escape(words)}$"):
         common.check_flags(SimpleNamespace(**{**right, **change}), *names)

@@ -161,7 +161,7 @@ def damage(run, what):
     "what, message",
     [
         ("no script", "config.json does not name a script"),
-        ("other sizes", "the checkpoint is of other networks: "),
+        ("other sizes", "the checkpoint does not fit these networks: "),
         ("half of config.json", "run: damaged, or not a run: "),
         ("half of checkpoint.pt", "checkpoint.pt: damaged, or not a checkpoint: "),
         ("no checkpoint", "run: has no checkpoint.pt"),

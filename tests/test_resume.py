@@ -177,7 +177,7 @@ def test_stopped_before_its_first_checkpoint_it_starts_again(call, whole, tmp_pa
     folder = tmp_path / "run"
     call_until(call, None, 20, "fql", *FLAGS["fql"], "--start-or-resume", folder)
     assert not (folder / "checkpoint.pt").exists() and steps(folder, "train.csv")[-1] == 20
-    with pytest.raises(common.UserError, match="has no checkpoint.pt; start this run again by its"):
+    with pytest.raises(common.UserError, match="has no checkpoint.pt; rerun the command that started"):
         call("fql", "--resume", folder)
     call("fql", *FLAGS["fql"], "--start-or-resume", folder)
     assert_same_run(folder, whole["fql"])
@@ -319,7 +319,9 @@ def test_another_dataset_is_a_changed_setting(call, copy_of, tmp_path, capsys):
 def test_networks_of_other_sizes_are_one_line_and_change_nothing(call, copy_of):
     folder = copy_of("fql")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    message = "the checkpoint is of other networks: critic.mlp.0.weight is .* there and .* here"
+    message = (
+        "the checkpoint does not fit these networks: critic.mlp.0.weight has shape .*, expected "
+    )
     with pytest.raises(common.UserError, match=message):
         call("fql", "--resume", folder, "--hidden", 8, 8)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -338,7 +340,7 @@ def test_a_row_that_does_not_fit_on_the_disk_is_an_error_not_a_gap(tmp_path, cap
     (run.folder / "train.csv").symlink_to("/dev/full")
     with pytest.raises(common.UserError, match=f"{run.folder}: .*No space left"), run:
         run.log("train.csv", dict(step=2, critic_loss=0.5))
-    assert "stopped; start it again to go on" in capsys.readouterr().err
+    assert "stopped; start it again to continue" in capsys.readouterr().err
 
 
 def test_nan_stops_within_a_log_interval(call, tmp_path):
