@@ -193,15 +193,15 @@ def store_frames(frames, device, on_host):
     frames = torch.from_numpy(np.ascontiguousarray(frames))
     if torch.device(device).type != "cuda":
         return frames.to(device)
-    if on_host:
-        return torch.as_tensor(HostMemory(frames), device=device)
-    free, _ = torch.cuda.mem_get_info(device)
-    missing = frames.nbytes - free
-    if missing > 0:
-        needed = f"the frames take {frames.nbytes / 1e9:.1f} GB"
-        hint = "--device-data cpu keeps them in host memory"
-        raise UserError(f"{needed}, {missing / 1e9:.1f} GB more than {device} has free; {hint}")
-    return frames.to(device)
+    try:
+        if on_host:
+            return torch.as_tensor(HostMemory(frames), device=device)
+        return frames.to(device)
+    except RuntimeError as error:  # torch raises it when memory runs out
+        size = f"{frames.nbytes / 1e9:.1f} GB of frames"
+        hint = "" if on_host else "; --device-data cpu keeps them in host memory"
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"no memory for {size}: {reason}{hint}") from None
 
 
 class Dataset:
@@ -697,8 +697,8 @@ def check_compiler(device):
         torch.compile(lambda x: x.sin() + 1, fullgraph=True)(torch.ones(8, device=device))
     except Exception as error:  # of the compiler, its headers, the linker, the cache's folder
         reason = str(error).partition("\n")[0]
-        hint = "it needs g++ (or another compiler, named in CXX), Python's headers (python3-dev) "
-        hint += "and, if /tmp is noexec, TORCHINDUCTOR_CACHE_DIR in a folder where programs may run"
+        hint = "it needs gcc and g++ (or others, named in CC and CXX), Python's headers "
+        hint += "(python3-dev) and, if /tmp is noexec, TORCHINDUCTOR_CACHE_DIR in another folder"
         raise UserError(f"--compile: torch cannot compile here: {reason}; {hint}") from None
 
 

@@ -749,6 +749,8 @@ def train(args, dataset, env, eval_env, run):
     """
     common.check_env(env, dataset)
     device = dataset.actions.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else torch would use the first GPU, too
     torch.manual_seed(args.seed + 2**31)  # weights: not from the same random numbers as the noise
     generator = torch.Generator(device).manual_seed(args.seed)
     obs_dim = dataset.obs_dim
@@ -767,7 +769,7 @@ def train(args, dataset, env, eval_env, run):
     if checkpoint:
         step = checkpoint["step"]
         metrics = checkpoint["metrics"]
-        # Adam's averages only: the learning rates are this run's.
+        # Only Adam's moments are restored: the learning rates are the current ones.
         for optimizer, state in zip(optimizers, checkpoint["optimizers"]):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         common.restore_generator(generator, checkpoint["generator"], args.seed + step)
@@ -791,7 +793,6 @@ def train(args, dataset, env, eval_env, run):
 
     updates = {kind: partial(sample_and_update, kind) for kind in ("offline", "critic", "both")}
     if args.compile and device.type == "cuda":
-        torch.cuda.set_device(device)  # graphs are captured on the current device
         updates = {kind: CUDAGraph(update, generator) for kind, update in updates.items()}
 
     obs = None  # the online phase's last observation; None between episodes
@@ -959,8 +960,8 @@ def main():
 class CUDAGraph:
     """A function as one CUDA graph: from the fourth call on, its kernels run without any Python.
 
-    The function takes no arguments, never waits for the device, and draws random numbers from
-    `generator` only. Each call overwrites the tensors that the previous call returned.
+    The function takes no arguments, never waits for the device, draws random numbers from
+    `generator` only, and returns detached tensors, which the next call overwrites.
     """
 
     def __init__(self, function, generator):
@@ -1026,7 +1027,7 @@ def choose_device(name):
         device = torch.device("cuda" if name == "auto" else name)
         torch.ones(1, device=device).add(1).item()
         return device
-    except (RuntimeError, AssertionError) as error:  # an old driver or an unsupported card, say
+    except Exception as error:  # an old driver or an unsupported card; torch raises many types
         reason = str(error).partition("\n")[0]
         if name != "auto":
             raise common.UserError(f"--device {name}: cannot be used: {reason}") from None

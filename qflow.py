@@ -468,6 +468,8 @@ def train(args, dataset, env, eval_env, run):
     """
     common.check_env(env, dataset)
     device = dataset.actions.device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # else torch would use the first GPU, too
     torch.manual_seed(args.seed + 2**31)  # weights: not from the same random numbers as the noise
     generator = torch.Generator(device).manual_seed(args.seed)
     obs_dim = dataset.obs_dim
@@ -494,7 +496,6 @@ def train(args, dataset, env, eval_env, run):
         return update(nets, optimizer, batch, noise, args, loss_fn)
 
     if args.compile and device.type == "cuda":
-        torch.cuda.set_device(device)  # a graph is captured on the current device
         sample_and_update = CUDAGraph(sample_and_update, generator)
 
     obs = None  # the online phase's last observation; None between episodes
@@ -608,8 +609,8 @@ def main():
 class CUDAGraph:
     """A function as one CUDA graph: from the fourth call on, its kernels run without any Python.
 
-    The function takes no arguments, never waits for the device, and draws random numbers from
-    `generator` only. Each call overwrites the tensors that the previous call returned.
+    The function takes no arguments, never waits for the device, draws random numbers from
+    `generator` only, and returns detached tensors, which the next call overwrites.
     """
 
     def __init__(self, function, generator):
@@ -675,7 +676,7 @@ def choose_device(name):
         device = torch.device("cuda" if name == "auto" else name)
         torch.ones(1, device=device).add(1).item()
         return device
-    except (RuntimeError, AssertionError) as error:  # an old driver or an unsupported card, say
+    except Exception as error:  # an old driver or an unsupported card; torch raises many types
         reason = str(error).partition("\n")[0]
         if name != "auto":
             raise common.UserError(f"--device {name}: cannot be used: {reason}") from None

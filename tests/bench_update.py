@@ -144,7 +144,7 @@ def main():
     torch.manual_seed(0)
     device = qflow.choose_device(args.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # CUDA graphs are captured on the current device
+        torch.cuda.set_device(device)  # else torch would use the first GPU, too
     torch.set_float32_matmul_precision(args.matmul_precision)
     if args.compile:
         common.check_compiler(device)

@@ -542,3 +542,17 @@ def test_collect_train_resume_and_evaluate_with_rendering(tmp_path):
     assert json.loads((whole / "config.json").read_text())["args"]["env"] == NAME
     assert "success 0 (95%" in result.stdout and "length 6" in result.stdout
     assert (whole / "evaluation.gif").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("on_host, hint", [(False, "; --device-data cpu keeps them"), (True, "")])
+def test_frames_that_find_no_memory_are_one_line(on_host, hint, monkeypatch):
+    def full(*args, **kwargs):
+        raise RuntimeError("CUDA out of memory.\nMore lines")
+
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", full)
+    frames = np.zeros((1000, 64, 64, 3), np.uint8)
+    words = f"^no memory for 0.0 GB of frames: CUDA out of memory.{hint}"
+    with pytest.raises(common.UserError, match=words) as error:
+        common.store_frames(frames, "cuda", on_host)
+    assert "\n" not in str(error.value) and ("--device-data" in str(error.value)) != on_host

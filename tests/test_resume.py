@@ -177,7 +177,7 @@ def test_stopped_before_its_first_checkpoint_it_starts_again(call, whole, tmp_pa
     folder = tmp_path / "run"
     call_until(call, None, 20, "fql", *FLAGS["fql"], "--start-or-resume", folder)
     assert not (folder / "checkpoint.pt").exists() and steps(folder, "train.csv")[-1] == 20
-    with pytest.raises(common.UserError, match="has no checkpoint.pt; rerun the command that started"):
+    with pytest.raises(common.UserError, match="checkpoint.pt; rerun the command that"):
         call("fql", "--resume", folder)
     call("fql", *FLAGS["fql"], "--start-or-resume", folder)
     assert_same_run(folder, whole["fql"])
