@@ -91,8 +91,8 @@ def resolve_task(env, task=0):
     """--env and --task (0: the default task) -> full name, dataset name, Gymnasium id.
 
     ("scene-play-v0", 2) -> ("scene-play-singletask-task2-v0", "scene-play-v0",
-    "scene-singletask-task2-v0"). NAME-v0 and NAME-singletask-v0 have the default task,
-    NAME-singletask-taskN-v0 has task N. Raises UserError.
+    "scene-singletask-task2-v0"). Without `task`, NAME-v0 and NAME-singletask-v0 are the default
+    task, NAME-singletask-taskN-v0 is task N. Raises UserError.
     """
     stem, _, suffix = env.removesuffix("-v0").partition("-singletask")
     if task and suffix not in ("", f"-task{task}"):
@@ -198,10 +198,10 @@ def store_frames(frames, device, on_host):
             return torch.as_tensor(HostMemory(frames), device=device)
         return frames.to(device)
     except RuntimeError as error:  # torch raises it when memory runs out
-        size = f"{frames.nbytes / 1e9:.1f} GB of frames"
+        frames = f"{frames.nbytes / 1e9:.1f} GB of frames"
         hint = "" if on_host else "; --device-data cpu keeps them in host memory"
         reason = str(error).partition("\n")[0]
-        raise UserError(f"no memory for {size}: {reason}{hint}") from None
+        raise UserError(f"cannot store {frames}: {reason}{hint}") from None
 
 
 class Dataset:
@@ -409,7 +409,8 @@ def read_ogbench_file(path, ob_dtype=np.float32):
         if ob_dtype == np.uint8 and data["observations"].max() <= 1:
             raise ValueError("frames must have numbers from 0 to 255")
     except Exception as error:  # NumPy, zipfile and OGBench raise a dozen types
-        raise UserError(f"{path}: not a usable dataset: {error}") from None
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: not a usable dataset: {reason}") from None
     if "qpos" not in data:  # else OGBench computes the rewards from the positions
         data.update(given)
     return data, source
@@ -666,17 +667,18 @@ def command_line():
     return words
 
 
-def check_flags(args, may_be_zero, any_sign=""):
+def check_flags(args, *, may_be_zero, any_sign=""):
     """Raise UserError for a flag that cannot work.
 
     Numbers must be positive, except those named in `may_be_zero` and `any_sign`.
     """
     for name, value in vars(args).items():
-        if type(value) not in (int, float) or name in any_sign.split():
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or name in any_sign.split():
             continue
         flag = f"--{name.replace('_', '-')} {value}"
         if name in may_be_zero.split():
-            if not value >= 0:  # NaN is not, either
+            if not value >= 0:  # also catches NaN
                 raise UserError(f"{flag}: must be at least 0")
         elif not value > 0:
             raise UserError(f"{flag}: must be positive")
@@ -762,7 +764,7 @@ def load_weights(nets, weights):
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     for name in {**expected, **found}:
         if expected.get(name) != found.get(name):
-            shapes = f"{name} has shape {found.get(name)}, expected {expected.get(name)}"
+            shapes = f"{name} has shape {found.get(name)} there, {expected.get(name)} here"
             raise UserError(f"the checkpoint does not fit these networks: {shapes}")
     nets.load_state_dict(weights)
 

@@ -76,7 +76,7 @@ class Args:
     batch_size: int = 512
     """transitions (or chunks) per update"""
     policy: Literal["flow-t", "flow-g", "naive", "gaussian"] = "flow-t"
-    """velocity network: Transformer, gated or plain MLP; gaussian: no flow, from scratch only"""
+    """velocity network: Transformer, gated or plain MLP; gaussian: no flow, no offline phase"""
     policy_width: int = 0
     """width of the policy's networks; 0: flow-t 96 (with --critic sac 128), the others 512"""
     critic: Literal["crossq", "sac"] = "crossq"
@@ -143,7 +143,7 @@ WITH_DATASET = dict(
     noise_std=0.05,
     eval_interval=100_000,
 )
-SETTINGS = {  # by the beginning of --env
+SETTINGS = {  # keys: regular expressions matched at the start of --env
     "cube|scene|puzzle": WITH_DATASET,
     "antmaze|antsoccer|humanoidmaze|pointmaze": {**WITH_DATASET, "horizon": 1},
     "Pendulum": dict(
@@ -436,7 +436,7 @@ class Networks(nn.Module):
 def rollout(velocity, log_sigma, obs, x, eps):
     """K noisy Euler steps from x at time 0 to time 1; the drift preserves each x_i's distribution.
 
-    This is exact as K grows if v is a rectified flow from N(0, I): its score is
+    This is exact as K grows if v is the velocity of a rectified flow from N(0, I), whose score is
     (t v - x) / (1 - t).
     (B, O), (B, h * A), eps ~ N(0, I) (K, B, h * A) -> x_K and the path's log-density, (B,).
     """
@@ -896,7 +896,7 @@ def check_args(args):
     may_be_zero = (
         "task seed offline_steps online_steps learning_starts policy_width bc_weight noise_std"
     )
-    common.check_flags(args, may_be_zero, any_sign="target_entropy")
+    common.check_flags(args, may_be_zero=may_be_zero, any_sign="target_entropy")
     if args.online_steps > 0 and args.learning_starts >= args.online_steps:
         raise common.UserError(
             f"--learning-starts {args.learning_starts}: must be below --online-steps"

@@ -123,7 +123,7 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "high"
     """high: TF32 on CUDA, float32 on CPUs; medium: may use bfloat16, faster on some AMD CPUs"""
     device_data: Literal["device", "cpu"] = "device"
-    """pixels: frames are on the device (12.3 GB per million) or in pinned host memory (17.2 GB)"""
+    """pixels: frames on the device (12.3 GB a million) or in pinned host memory (17.2, computed)"""
 
 
 # Defaults per environment, from the paper (pointmaze: our own, small enough for a laptop). Keys are

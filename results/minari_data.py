@@ -261,7 +261,7 @@ def main():
     if has_score:
         add_normalized_score(script, data)
     if not any(re.match(names, args.env) for names in script.SETTINGS):
-        print(f"{args.env} has no tuned settings: these are the script's defaults")
+        print(f"{args.env} has no tuned settings: using the script's defaults")
 
     # From here on as in the script's own `main`.
     device = script.choose_device(args.device)

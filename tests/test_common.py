@@ -591,6 +591,9 @@ def test_the_file_of_another_kind_or_task_is_not_refused(collected, tmp_path, na
 
 def test_a_damaged_file_is_refused(collected, tmp_path):
     path = tmp_path / "data.npz"
+    whole = collected.read_bytes()
+    path.write_bytes(whole[:2000] + bytes(400) + whole[2400:])
+    load_error(path)
     with np.load(collected) as file:
         np.savez(path, **file)
     whole = path.read_bytes()
@@ -919,7 +922,7 @@ def test_weights_of_other_networks_are_refused():
     weights = torch.nn.Linear(2, 3).state_dict()
     common.load_weights(nets, weights)
     assert torch.equal(nets.weight, weights["weight"])
-    words = "these networks: weight has shape (3, 4), expected (3, 2)"
+    words = "these networks: weight has shape (3, 4) there, (3, 2) here"
     with pytest.raises(common.UserError, match=re.escape(words)):
         common.load_weights(nets, torch.nn.Linear(4, 3).state_dict())
     with pytest.raises(common.UserError, match="these networks: bias has shape None"):
@@ -1028,6 +1031,7 @@ def test_large_numbers_on_the_command_line(monkeypatch, given, read):
     [
         (dict(lr=0.0), "--lr 0.0: must be positive"),
         (dict(lr=-1.0), "--lr -1.0: must be positive"),
+        (dict(lr=np.float64(0)), "--lr 0.0: must be positive"),
         (dict(lr=float("nan")), "--lr nan: must be positive"),
         (dict(batch_size=0), "--batch-size 0: must be positive"),
         (dict(seed=-1), "--seed -1: must be at least 0"),
@@ -1043,10 +1047,10 @@ def test_large_numbers_on_the_command_line(monkeypatch, given, read):
 def test_numbers_that_cannot_work(change, words):
     right = dict(lr=1.0, batch_size=1, seed=0, rho=0.0, discount=1.0, tau=1, hidden=(1,))
     right.update(offline_steps=1, online_steps=0, resume="", own=-1.0, sparse=False)
-    names = ("seed rho offline_steps online_steps", "own")
-    common.check_flags(SimpleNamespace(**right), *names)
+    names = dict(may_be_zero="seed rho offline_steps online_steps", any_sign="own")
+    common.check_flags(SimpleNamespace(**right), **names)
     with pytest.raises(common.UserError, match=f"^{re.escape(words)}$"):
-        common.check_flags(SimpleNamespace(**{**right, **change}), *names)
+        common.check_flags(SimpleNamespace(**{**right, **change}), **names)
 
 
 def test_the_reason_why_torch_cannot_compile_is_one_line(monkeypatch):

@@ -552,7 +552,7 @@ def test_frames_that_find_no_memory_are_one_line(on_host, hint, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", full)
     monkeypatch.setattr(torch.Tensor, "pin_memory", full)
     frames = np.zeros((1000, 64, 64, 3), np.uint8)
-    words = f"^no memory for 0.0 GB of frames: CUDA out of memory.{hint}"
+    words = f"^cannot store 0.0 GB of frames: CUDA out of memory.{hint}"
     with pytest.raises(common.UserError, match=words) as error:
         common.store_frames(frames, "cuda", on_host)
     assert "\n" not in str(error.value) and ("--device-data" in str(error.value)) != on_host

@@ -319,9 +319,7 @@ def test_another_dataset_is_a_changed_setting(call, copy_of, tmp_path, capsys):
 def test_networks_of_other_sizes_are_one_line_and_change_nothing(call, copy_of):
     folder = copy_of("fql")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    message = (
-        "the checkpoint does not fit these networks: critic.mlp.0.weight has shape .*, expected "
-    )
+    message = "does not fit these networks: critic.mlp.0.weight has shape .* there, .* here"
     with pytest.raises(common.UserError, match=message):
         call("fql", "--resume", folder, "--hidden", 8, 8)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
