@@ -2,11 +2,12 @@
 
     python results/collect_antmaze.py antmaze-large-navigate-v0
 
-An episode starts in a random cell and goes to one random goal after the other (hallways are no
+An episode starts in a random cell and goes to one random goal after the other (hallways are not
 goals), along the environment's own shortest paths. A SAC expert for online-ant-xy-v0, whose weights
-are beside this file, walks in the direction that it is told, with Gaussian noise of 0.2 on the
-actions. The result is not the official file: say so beside every number that comes from it.
-A million transitions of antmaze-large took 208 s on two cores; an interrupted collection is lost.
+are beside this file, walks in the commanded direction, with Gaussian noise of standard deviation
+0.2 on the actions. The result is not the official file: say so beside every number that comes from
+it. A million transitions of antmaze-large took 208 s on two cores; an interrupted collection is
+lost.
 """
 
 import math
@@ -89,7 +90,7 @@ def collect(job):
 
 
 def num_cores():
-    """Cores that this process may use: SLURM gives a job few of many. None on macOS: all."""
+    """Number of cores this process may use, perhaps few in a SLURM job; None (all) on macOS."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
 

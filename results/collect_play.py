@@ -3,11 +3,11 @@
     python results/collect_play.py cube-single-play-v0
     python results/collect_play.py visual-cube-single-play-v0 --episodes 10    # pixels: renders
 
-An episode of 1,001 steps is one random task after the other, each carried out by OGBench's own
-scripted oracle with smooth noise of 0.1 on its plan. The official files have a thousand episodes
-or, for the largest environments, more. On pixels, a thousand episodes need 25 GB of memory and 36
-hours of a core. Nothing is written before the end: an interrupted collection is lost. The result
-is not the official file: say so beside every number that comes from it.
+In an episode of 1,001 steps, OGBench's own scripted oracles carry out one random task after the
+other, with smooth noise of 0.1 on their plans. The official files have a thousand episodes or, for
+the largest environments, more. On pixels, a thousand episodes need 25 GB of memory and 36 core
+hours. Nothing is written before the end: an interrupted collection is lost. The result is not the
+official file: say so beside every number that comes from it.
 """
 
 import functools
@@ -95,7 +95,7 @@ def play(env, oracles, rng, env_id):
 
 
 def cube_is_hidden(qpos):
-    """Whether the cube of a scene is ever where a camera does not see it; qpos: (N, ...)."""
+    """Whether a scene's cube is ever out of the camera's sight; qpos: (N, ...)."""
     y = qpos[:, 15]
     z = qpos[:, 16]
     in_drawer = (y <= -0.3) & ((z < 0.06) | (z > 0.08))
@@ -122,14 +122,14 @@ def collect(job):
 
 
 def num_cores():
-    """Cores that this process may use: SLURM gives a job few of many. None on macOS: all."""
+    """Number of cores this process may use, perhaps few in a SLURM job; None (all) on macOS."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
 
 def main():
     args = tyro.cli(Args, description=__doc__)
     if not re.fullmatch(f"(visual-)?({NAMES})-play-v0", args.name):
-        sys.exit(f"{args.name}: must be one of {NAMES}, with -play-v0 and perhaps visual-")
+        sys.exit(f"{args.name}: must be one of [visual-]({NAMES})-play-v0")
     if args.episodes < 1:
         sys.exit(f"--episodes {args.episodes}: must be positive")
     if args.seed < 0:

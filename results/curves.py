@@ -4,12 +4,13 @@
     python results/curves.py results/halfcheetah/*-seed* --mean --out returns.png
     python results/curves.py runs/* --published qc --method QC-FQL --out published.png
 
-With --mean, runs whose paths differ in -seedN only are one line, their mean, with the 95%
-bootstrap interval of the mean around it; a table of both is printed.
+With --mean, runs whose paths differ only in -seedN are drawn as one line, their mean, with a band
+for its 95% bootstrap interval. Both are also printed as a table.
 
-With --published, the picture has a panel for each task of the runs: success by step, the published
-curve of --method as a line with a band, the runs as points with the 95% Wilson intervals of their
-episodes. A table of the steps that both have is printed. results/published says what the band is.
+With --published, the figure has a panel for each task of the runs: success by step, with the
+published curve of --method as a line with a band, and the runs as points with the 95% Wilson
+intervals of their episodes. It also prints a table of the steps that a run and the published curve
+have in common. results/published/README.md says what the band is.
 """
 
 import csv
@@ -165,13 +166,13 @@ def draw_panel(axes, task, curves, runs, band):
     for folder, points in runs.items():
         steps = sorted(points)
         rate, low, high = np.array([points[step] for step in steps]).T
-        # A run's folder is named after its task first, which is the panel's title.
+        # A run folder's name begins with its task, which the panel's title already shows.
         label = folder.name.split("__", 1)[-1]
         (line,) = axes.plot(steps, rate, "o:", linewidth=1, label=label)
         axes.vlines(steps, low, high, color=line.get_color())
     axes.set(title=task, xlabel="step", ylabel="success in %", ylim=(-3, 103))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    if runs:  # to the published point behind the last evaluation
+    if runs:  # the x axis ends at the first published step from the last evaluation on
         last = max(max(points) for points in runs.values())
         behind = [step for curve in curves.values() for step in curve if step >= last]
         axes.set_xlim(0, 1.05 * min(behind, default=last))
@@ -226,15 +227,15 @@ def main(
     task: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     method: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
 ):
-    """folders: of runs; out: the picture.
+    """folders: run folders; out: image file to write.
 
     Args:
-        column: of eval.csv
-        mean: one line for the seeds of a group
-        switch: a step to mark
-        published: qc, qam (files in results/published) or another csv file with their columns
-        task: of the published file, repeatable; default: the tasks of the runs
-        method: of the published file, repeatable
+        column: column of eval.csv to plot
+        mean: draw runs that differ only in -seedN as one line, their mean
+        switch: step to mark with a vertical line
+        published: qc, qam (files in results/published) or another csv file with the same columns
+        task: task in the published file, repeatable; default: the tasks of the runs
+        method: method in the published file, repeatable
     """
     if published:
         compare(folders, out, published, task, method)

@@ -54,7 +54,7 @@ def import_script(name):
 
 
 def wilson(rate, episodes):
-    """The 95% interval of a success rate (Wilson, 1927), which is never empty, even at 0 and 1."""
+    """The 95% Wilson score interval of a success rate; it has a width even at rates 0 and 1."""
     z = 1.96
     n = episodes
     centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
@@ -107,7 +107,7 @@ def rendering_errors():
         raise
     except gymnasium.error.DependencyNotInstalled as error:
         raise common.UserError(f"--video: cannot render ({error})") from None
-    except Exception as error:  # of MuJoCo, PyOpenGL and the drivers, a type each
+    except Exception as error:  # MuJoCo, PyOpenGL and the drivers each raise their own types
         hint = "without a display, set the environment variable MUJOCO_GL to egl"
         packages = "which needs apt-get install libegl1 libgl1-mesa-dri"
         raise common.UserError(f"--video: cannot render ({error}); {hint}, {packages}") from None

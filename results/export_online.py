@@ -3,8 +3,8 @@
     python results/export_online.py runs/RUN online.npz
 
 The file holds the rewards and masks of the run's task instead of positions, and
-ogbench.load_dataset reads it. If that is a task of OGBench, `--dataset online.npz` trains on it
-(after a run with --sparse, with --sparse again).
+ogbench.load_dataset reads it. For a task of OGBench, `--dataset online.npz` trains on the file; if
+the run had --sparse, give --sparse again.
 """
 
 import sys

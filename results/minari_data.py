@@ -6,10 +6,10 @@
     python results/minari_data.py D4RL/pen/human-v2 --script fql.py -- --resume runs/RUN
     python results/evaluate.py runs/RUN --episodes 200
 
-Words after -- are flags of the script; its --help shows the defaults for this dataset. Every
-dataset works whose actions are a Box with bounds and whose observations are a Box or a Dict of
-them. A dataset that is not in $MINARI_DATASETS_PATH (~/.minari/datasets) is downloaded. With MuJoCo
-4, gymnasium-robotics 1.4.2 has mazes and Adroit hands; Fetch, Shadow hand and kitchen need
+Flags after -- go to the script; `-- --help` shows them with the defaults for this dataset. A
+dataset works if its actions are a bounded Box and its observations a Box or a Dict of Boxes. If it
+is not in $MINARI_DATASETS_PATH (~/.minari/datasets), it is downloaded. With MuJoCo 4, only the
+mazes and Adroit hands of gymnasium-robotics 1.4.2 work; Fetch, Shadow hand and kitchen need
 mujoco==3.3.7.
 
 - Observations: all parts of a Dict, concatenated by name (achieved goal, desired goal,
@@ -21,8 +21,9 @@ mujoco==3.3.7.
 - eval.csv has normalized_score (Minari's: 0 is a random policy, 1 an expert) where the dataset has
   the reference returns.
 
-D4RL's 18 tasks have the settings of FQL's paper, and for Q-Flow the antmazes those of its authors.
-There the reward is r - 1, in the data and online; evaluation reports the environment's own return.
+D4RL's 18 tasks have the settings of FQL's paper; for Q-Flow, only the antmazes have settings, those
+of its authors. On D4RL's antmazes the reward is r - 1, in the data and online; evaluation reports
+the environment's own return.
 """
 
 import re
@@ -46,8 +47,8 @@ from evaluate import import_script  # noqa: E402
 import common  # noqa: E402
 
 NOTE = (
-    "scores do not compare with D4RL's tables: Minari's antmaze data are collected anew, and the "
-    "spaces of gymnasium-robotics differ (Minari's issues 296 and 313)"
+    "scores are not comparable with D4RL's tables: Minari's antmaze data were collected anew, and "
+    "the spaces of gymnasium-robotics differ (Minari's issues 296 and 313)"
 )
 
 
@@ -124,10 +125,10 @@ def load_data(dataset_id):
         raise common.UserError(f"{dataset_id}: an id ends in a version, such as -v2")
     try:
         return minari.load_dataset(dataset_id, download=True)
-    except Exception as error:  # of Minari, the clients of its hosts, and file formats
+    except Exception as error:  # Minari, its download clients and file formats raise many types
         reason = str(error).partition("\n")[0]
         folder = minari.storage.datasets_root_dir.get_dataset_path()
-        hint = f"not a dataset in {folder}, and no download"
+        hint = f"not found in {folder}, and the download failed"
         raise common.UserError(f"{dataset_id}: {hint}: {reason}") from None
 
 
@@ -185,7 +186,7 @@ def to_dataset(data, env, device="cpu"):
 
 
 class Success(gymnasium.Wrapper):
-    """Makes `success` of a step's info whether the task was solved so far in the episode."""
+    """Sets info["success"] to whether the task has been solved so far in the episode."""
 
     def reset(self, **options):
         self.solved = False
@@ -204,10 +205,10 @@ def recover_environment(data, **options):
     """The dataset's environment for evaluation; options: of gymnasium.make. Raises UserError."""
     try:
         env = data.recover_environment(eval_env=True, **options)
-    except AssertionError:  # of gymnasium-robotics' Fetch, Shadow hand and kitchen
+    except AssertionError:  # raised by gymnasium-robotics' Fetch, Shadow hand and kitchen
         hint = "MuJoCo is too new for it: pip install mujoco==3.3.7"
         raise common.UserError(f"{data.id}: its environment cannot be made: {hint}") from None
-    except Exception as error:  # of packages that are missing
+    except Exception as error:  # a missing package, for example
         reason = str(error).partition("\n")[0]
         raise common.UserError(f"{data.id}: its environment cannot be made: {reason}") from None
     space = env.action_space

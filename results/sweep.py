@@ -7,26 +7,28 @@
 Flags after -- go to every script. A job is one script on one environment, task and seed; its folder
 is named after them and a hash of the flags after --. Its command is `python SCRIPT FLAGS
 --start-or-resume FOLDER`, which starts the run, resumes it from its checkpoint, or says that it is
-finished. So a killed job loses the time since its checkpoint and nothing else, and the same sweep,
-started again, runs what is missing.
+finished. So a killed job loses only the work since its last checkpoint, and repeating the sweep's
+command runs what is missing.
 
-With Ray, all machines must see the folders. A job that was killed, or whose machine died, is
-retried. A job that failed is named with the last line of its output, which is in output.txt. The
-sweep ends with the table of table.py, also in RUN_DIR/table.csv. For several machines, start Ray
-before the sweep (environment variables such as WANDB_* must be set before that):
+With Ray, all machines must share RUN_DIR. A job that was killed, or whose machine died, is retried.
+For a job that failed, the sweep prints the last line of its output; output.txt in its folder has
+the rest. The sweep ends with the table of table.py, which is also written to RUN_DIR/table.csv. To
+use several machines, start Ray before the sweep, and set environment variables such as WANDB_*
+before starting Ray:
 
     ray get-auth-token --generate                                 # once
     RAY_AUTH_MODE=token ray start --head                          # where the sweep is started
     RAY_AUTH_MODE=token ray start --address=FIRST:6379            # on the others
 
---print prints the commands, one a line, for other engines:
+--print prints the commands, one per line, for other schedulers:
 
     python results/sweep.py --print --scripts ... > jobs.txt
     xargs -d '\\n' -P 4 -I LINE sh -c 'LINE || exit 1' < jobs.txt    # or: parallel -j 4 < jobs.txt
     sbatch --array=1-30 --requeue --wrap 'eval "$(sed -n ${SLURM_ARRAY_TASK_ID}p jobs.txt)"'
 
-A sweep of Weights & Biases calls the scripts itself. Its `command` needs ${args_no_boolean_flags},
-and lists go there, too: [${env}, python, ${program}, --hidden, 256, 256, ${args_no_boolean_flags}].
+A Weights & Biases sweep calls the scripts itself. Its `command` needs ${args_no_boolean_flags};
+flags with a list belong there, too:
+[${env}, python, ${program}, --hidden, 256, 256, ${args_no_boolean_flags}].
 """
 
 import hashlib
@@ -54,8 +56,8 @@ except ImportError:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
 
-RETRIES = 5  # of a job that was killed, by machine or by signal
-PREEMPTED = (-signal.SIGKILL, -signal.SIGTERM, 130)  # 130: as the scripts end after SIGTERM
+RETRIES = 5  # for a job that was killed by a signal or with its machine
+PREEMPTED = (-signal.SIGKILL, -signal.SIGTERM, 130)  # 130: the scripts' exit status on SIGTERM
 
 # Runs a command that is killed when its parent dies; 1 is Linux's PR_SET_PDEATHSIG.
 DIE_WITH_PARENT = (
@@ -74,13 +76,13 @@ class Args:
     seeds: tuple[int, ...] = (0,)
     """values of --seed"""
     cpus: float = 1.0
-    """cores per job; rounded down, but at least 1, it is the number of torch threads"""
+    """cores per job; the number of torch threads is this, rounded down, but at least 1"""
     gpus: float | None = None
     """GPUs per job (0.25: four share one; 0: none); default: 1 if Ray finds any, else 0"""
     run_dir: Path = Path("runs/sweep")
     """where the folders of the jobs are"""
     print: bool = False
-    """print a command for each job, one a line, instead of running them"""
+    """print each job's command, one per line, instead of running the jobs"""
 
 
 def parse_args():
@@ -159,10 +161,10 @@ def full_name(script, args):
 
 
 def check_settings(folder, args):
-    """Raise UserError if the folder is that of a run with other settings than args."""
+    """Raise UserError if the folder holds a run whose settings differ from args."""
     if not (folder / "config.json").exists():
         return
-    new_settings = vars(type(args)())  # the script may have got some since then
+    new_settings = vars(type(args)())  # for settings added to the script after that run
     saved = {**new_settings, **common.read_config(folder)["args"]}
     for name, value in vars(args).items():
         before = json.dumps(saved[name])
@@ -209,10 +211,10 @@ def make_jobs(args, flags):
 def is_finished(job):
     """Whether a job's checkpoint is at its last step."""
     path = job.folder / "checkpoint.pt"
-    try:  # mmap: of a file that may be large, only this number is read
+    try:  # mmap: reads only this number from a file that may be large
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return state["step"] >= job.last_step
-    except Exception:  # there is none, or the job itself will say what is wrong
+    except Exception:  # no checkpoint yet, or a broken one, which the job itself will report
         return False
 
 
@@ -238,9 +240,9 @@ def run_job(command, environment, folder):
 
     Raises ChildProcessError if it was preempted: Ray then calls this again.
     """
-    if sys.platform == "linux":  # else Ray starts a job again that has outlived its worker
+    if sys.platform == "linux":  # else a process may outlive its worker while Ray retries the job
         command = [sys.executable, "-c", DIE_WITH_PARENT, *command]
-    always = dict(TQDM_DISABLE="1", PYTHONUNBUFFERED="1")  # or its error comes before the rest
+    always = dict(TQDM_DISABLE="1", PYTHONUNBUFFERED="1")  # so that an error is the last line
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / "output.txt"
     with open(output, "ab") as file:

@@ -4,17 +4,18 @@
     python results/table.py runs/* --over-tasks
 
 A run's score is the mean of its last three evaluations, as in the papers: the success rate or,
-where the environment has no success, the return. (Of a run that went online, those of its online
-phase count; if there are fewer than three, these.) The interval is the 95% bootstrap interval of
-the mean over seeds. "settings" lists only those that differ from the script's defaults for the
-environment. Prints Markdown. What is left out is named on stderr: folders without a run, unfinished
-runs, and of two runs with the same settings, seed and dataset the one that was evaluated first.
-Rows whose runs had different datasets are named there too.
+where the environment has no success, the return. (For a run that went online, only evaluations of
+its online phase count, even if there are fewer than three.) The interval is the 95% bootstrap
+interval of the mean over seeds. "settings" lists only those that differ from the script's defaults
+for the environment. Prints Markdown. On stderr, it names what is left out: folders without a run,
+unfinished runs and, if two runs have the same settings, seed and dataset, the one that was
+evaluated earlier. It also names rows whose runs had different datasets.
 
 With --over-tasks, a second table has a row for each method: over all its tasks and seeds, the
-interquartile mean and its 95% stratified bootstrap interval, as rliable (https://arxiv.org/abs/2108.13264)
-defines them. Only success rates are pooled. A method needs at least two tasks, the same number of
-seeds in each, and one setting and number of steps in each, which may differ between tasks.
+interquartile mean and its 95% stratified bootstrap interval, as defined by rliable
+(https://arxiv.org/abs/2108.13264). Only success rates are pooled. A method needs at least two
+tasks, all with the same number of seeds. The runs of a task must share their settings and number of
+steps; different tasks may differ in both.
 """
 
 import csv
@@ -36,7 +37,7 @@ import flow_sac  # noqa: E402
 import fql  # noqa: E402
 import qflow  # noqa: E402
 
-# What a row of its own does not depend on: names, places, pace, rounding.
+# Settings that "settings" never lists: names, folders, seed, steps, logging, device, precision.
 IGNORED = (
     "env task dataset seed device eval_interval eval_episodes log_interval run_dir resume "
     "start_or_resume track compile matmul_precision device_data offline_steps online_steps"
@@ -86,7 +87,7 @@ def task_number(env, task):
 def changed_settings(args, module, is_copy):
     """The settings that are not the script's defaults for the environment, as one string.
 
-    is_copy: the run is of a copy of the script, all of whose own settings count.
+    is_copy: the run used a copy of the script; settings that only the copy has are all listed.
     """
     defaults = vars(module.Args())
     if is_copy:
@@ -106,7 +107,7 @@ def changed_settings(args, module, is_copy):
 
 
 def read_run(folder):
-    """What a row is for (environment, ...), whether it is a success, seed, score, dataset.
+    """A run's row (environment, ...), whether its score is a success rate, seed, score, dataset.
 
     Raises ValueError if there is no score.
     """
@@ -178,8 +179,8 @@ def summarise_tasks(tasks):
     """Interquartile mean of all scores, and its 95% stratified bootstrap interval.
 
     tasks: an array (seeds,) of scores for each task. The interquartile mean leaves out the lowest
-    and the highest quarter of all scores of all tasks. A bootstrap sample draws, with replacement,
-    each task's seeds from that task's. The interval is (nan, nan) for a single seed.
+    and the highest quarter of all scores of all tasks. A bootstrap sample redraws each task's
+    seeds, with replacement, from the seeds of that task. The interval is (nan, nan) for one seed.
     """
     tasks = np.array(tasks)
     mean = scipy.stats.trim_mean(tasks, 0.25, axis=None)

@@ -296,7 +296,7 @@ def test_as_a_process(tmp_path):
     command[2] = "Pendulum/random-v1"
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert result.stderr.startswith("minari_data.py: error: Pendulum/random-v1: not a dataset in")
+    assert result.stderr.startswith("minari_data.py: error: Pendulum/random-v1: not found in")
 
 
 # ------------------------------------------------------------------------------------- settings
@@ -349,8 +349,8 @@ def test_the_settings_of_d4rls_tasks():
     "dataset_id, message",
     [
         ("D4RL/pen/human", "D4RL/pen/human: an id ends in a version, such as -v2"),
-        ("D4RL/pen/robot-v2", "D4RL/pen/robot-v2: not a dataset in .*, and no download: "),
-        ("no id-v0", "no id-v0: not a dataset in .*, and no download: Malformed dataset ID"),
+        ("D4RL/pen/robot-v2", "D4RL/pen/robot-v2: not found in .*, and the download failed: "),
+        ("no id-v0", "no id-v0: not found in .*, and the download failed: Malformed dataset ID"),
         ("CartPole/random-v0", r"CartPole/random-v0: requires actions in a box, has Discrete\(2\)"),
     ],
 )

@@ -640,7 +640,7 @@ def test_a_puzzle_with_flipped_buttons_moves_as_the_puzzle_does(tmp_path, monkey
     monkeypatch.setattr(sys, "argv", ["", f"{tmp_path}/data.npz", f"{tmp_path}/new/out.npz"])
     tyro.cli(flip_buttons.main)
     counts = flip_buttons.visits(data["button_states"], data["terminals"])
-    assert f"flipped {counts.max()} times\n" in capsys.readouterr().out
+    assert f"flipped, {counts.max()} times\n" in capsys.readouterr().out
     written = dict(np.load(tmp_path / "new/out.npz"))
     goal = np.array([1, 1, 0, 1, 0, 1, 0, 1, 1])
     states = written["button_states"]

@@ -2,12 +2,13 @@
 
     python results/published/before_the_goal.py RUN DATASET
 
-Prints which buttons the task switches and how often the data solve it. Then a row for each last
-press (the buttons that it switches) and one for all: how often the data have it after 40 unsolved
-steps, and the mean Q of the chunks that start 3, 10, 20, 40 steps before. Above them, the Q of a
-policy that goes on like the data: minus the discounted number of steps to the goal. The second
-table has the Q of other chunks from the same states: of 64 samples of the flow (which is Q-Flow's
-policy) and of FQL's policy, their mean and the best of them.
+Prints which buttons the task switches and how often the data solve it, then two tables of the mean
+Q, 3, 10, 20 and 40 steps before the task is solved. Only solutions after 40 unsolved steps count.
+The first table is about the data's own chunks: a row for each set of buttons that the last press
+switches, with the number of solutions, and a row for all. Its top row is the correct Q of a policy
+that goes on like the data: minus the discounted number of steps to the goal. The second table adds
+other chunks from the same states: the mean and the best of 64 samples of the flow (which is
+Q-Flow's policy) and of FQL's policy.
 """
 
 import sys
@@ -37,7 +38,7 @@ def button_states(observations):
 
 @torch.no_grad()
 def print_table(nets, args, data, with_policy=True):
-    """Of these networks, on a common.Dataset. Raises UserError if that never solves the task."""
+    """Print both tables for these networks. Raises UserError if the data never solve the task."""
     rows = data.rows.numpy()
     states = button_states(data.observations.numpy())
     solved = data.masks.numpy()[rows] == 0
@@ -75,7 +76,7 @@ def print_table(nets, args, data, with_policy=True):
     true = [-(1 - args.discount**steps) / (1 - args.discount) for steps in STEPS]
     everything = [row for rows_of_one in values.values() for row in rows_of_one]
     if not everything:
-        raise common.UserError(f"the dataset never solves it after {max(STEPS)} unsolved steps")
+        raise common.UserError(f"the data never solve the task after {max(STEPS)} unsolved steps")
     print_head("buttons | times")
     print_row("right, going on like the data |", true)
     print_row(f"all | {len(everything)}", np.mean(everything, 0))

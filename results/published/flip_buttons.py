@@ -1,13 +1,14 @@
-"""A dataset of puzzle-3x3 with other luck: one that solves a task more often, or less.
+"""Flips buttons of a puzzle-3x3 dataset, so that it solves a task more often, or less.
 
     python results/published/flip_buttons.py DATASET OUT --task 1                   # most often
-    python results/published/flip_buttons.py DATASET OUT --task 1 --quantile 0.5    # averagely
+    python results/published/flip_buttons.py DATASET OUT --task 1 --quantile 0.5    # the median
 
 A press switches the same buttons in every state, and the episodes of a dataset start in random
-states. So a dataset with some buttons flipped from beginning to end (on is off) is as probable as
-the dataset itself, only that it visits other states often or rarely. This sorts the 512 states by
-how often a press of the data leads to them, flips the buttons that turn the one at the quantile
-into the task's goal, and prints the numbers.
+states. So a dataset with some buttons flipped throughout (on becomes off) is as probable as the
+original; it only differs in which states are visited often. This script sorts the 512 states by how
+often a press in the data leads to them, takes the state at the quantile, flips the buttons that
+turn that state into the task's goal, and prints how often a press leads to the goal before and
+after.
 """
 
 import sys
@@ -72,7 +73,7 @@ def main(
     change = f"buttons {np.flatnonzero(is_flipped)} flipped"
     print(f"a press leads to a state {before.mean():.0f} times on average,")
     print(f"to the goal of task {task} {before[goal @ BITS]} times,")
-    print(f"to it with the {change} {after[goal @ BITS]} times")
+    print(f"and, with {change}, {after[goal @ BITS]} times")
     source = f"{data.pop('source', 'official file')}, {change}"
     with common.disk_errors(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)

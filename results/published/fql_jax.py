@@ -1,18 +1,18 @@
-"""A run of fql.py once more in JAX: is it the code that makes it learn as slowly as it does?
+"""Repeats a run of fql.py in JAX: is fql.py's code the reason why it learns so slowly?
 
     python3 -m venv VENV
     VENV/bin/pip install -r requirements.txt "jax[cpu]" flax optax
     VENV/bin/python results/published/fql_jax.py RUN --dataset DATASET
     VENV/bin/python results/published/fql_jax.py RUN --dataset DATASET --lockstep 1800
 
-RUN is a folder of fql.py, from which the settings are taken: q_agg mean, rho 0, state observations,
-offline. Networks, losses, optimizer and chunks are written here a second time, with Flax and Optax,
-the libraries of the authors; the transitions come from OGBench's own functions. Of fql.py there are
-only the episodes of an evaluation.
+RUN is a run folder of fql.py, whose settings are used. It must have q_agg mean, rho 0, state
+observations and no online steps. Networks, losses, optimizer and chunks are written here a second
+time, with Flax and Optax, the authors' libraries; the transitions come from OGBench's own
+functions. Training uses fql.py only to run the evaluation episodes.
 
 The first command trains. At each evaluation, it prints the success and what the critic says before
-the goal, as before_the_goal.py does. The second one makes the same updates, from the same weights,
-chunks and noise, with both codes, and prints how far apart they are.
+the goal, as before_the_goal.py does. The second command makes the same updates, from the same
+weights, chunks and noise, with both implementations, and prints how far apart their critics are.
 """
 
 import collections
@@ -83,7 +83,7 @@ def draw(key, num_transitions, action_dim, args):
 
 
 def chunks(data, starts, args):
-    """The chunks from there on; valid: not behind the end of an episode."""
+    """The chunks that start at `starts` (B,); valid: 0 for steps after the end of an episode."""
     rows = starts[:, None] + jnp.arange(args.horizon)  # (B, h)
     ended_before = jnp.cumsum(data["terminals"][rows], 1) - data["terminals"][rows]
     valid = (ended_before == 0).astype(jnp.float32)
@@ -172,7 +172,7 @@ def make_updates(modules, optimizer, data, args):
 
 @torch.no_grad()
 def copy_to(nets, params):
-    """Flax's parameters into the networks of fql.py."""
+    """Copy Flax parameters into the networks of fql.py."""
     for name, tree in params.items():
         count = collections.Counter()
         for module in getattr(nets, name).mlp:
@@ -189,7 +189,7 @@ def copy_to(nets, params):
 
 
 def train(updates, state, nets, args, rows, seed):
-    """As fql.py does; rows: its dataset; nets: its networks, for the evaluations."""
+    """Train as fql.py does; rows, nets: fql.py's dataset and networks, used in evaluations."""
     env = fql.make_env(args)
     key = jax.random.PRNGKey(seed + 1)
     for step in range(PER_CALL, args.offline_steps + 1, PER_CALL):
@@ -210,10 +210,11 @@ def train(updates, state, nets, args, rows, seed):
 
 
 def compare(updates, state, nets, args, rows, seed, steps):
-    """Both codes' updates on the same chunks and noise; rows: fql.py's dataset, nets: its networks.
+    """Make the same updates with both implementations; rows, nets: fql.py's dataset and networks.
 
-    Every sixth part of the steps, prints the differences of the two critics' Q on a thousand chunks
-    of the data; beside them, those of fql.py from weights that are rounded otherwise.
+    After every sixth of the updates, print how far the two critics' Q differ on a thousand chunks
+    of the data and, beside that, how far fql.py differs from a copy of itself whose initial weights
+    differ by rounding errors.
     """
     copy_to(nets, state[0])
     nets.target_critic.load_state_dict(nets.critic.state_dict())
@@ -254,8 +255,8 @@ def main(run: tyro.conf.Positional[Path], dataset: Path, seed: int = 0, lockstep
     """run: a folder of fql.py; dataset: the npz file that it was trained on.
 
     Args:
-        seed: of weights, chunks and noise
-        lockstep: do not train; make that many updates with both codes
+        seed: seed of weights, chunks and noise
+        lockstep: instead of training, make this many updates with both implementations
     """
     args = fql.saved_args(run)
     name, _, env_id = common.resolve_task(args.env, args.task)

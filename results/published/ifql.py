@@ -2,9 +2,9 @@
 
     python results/published/ifql.py puzzle-3x3-play-v0.npz --task 1
 
-IFQL is IQL with a flow: Q learns from V of the next state, and V is the expectile 0.9 of Q over the
-data's chunks; so what the policy does makes no difference to the critic. The policy is the best of
-32 samples of the flow of the data. Everything else is fql.py's: networks, chunks, optimizer. At
+IFQL is IQL with a flow: Q learns from V of the next state, and V is the 0.9 expectile of Q over the
+data's chunks, so the critic does not depend on the policy. The policy takes the best of 32 samples
+of the flow that imitates the data. Everything else is fql.py's: networks, chunks, optimizer. At
 each evaluation, prints the success and what the critic says before the goal, as before_the_goal.py
 does.
 """

@@ -39,15 +39,15 @@ done
 for task in 1 2 3 4 5; do
     run puzzle-3x3-task$task-fql-alpha100 100000 fql.py "${puzzle[@]}" --task $task --alpha 100
 done
-# FQL without chunks, with alpha = 100 in the same table
+# FQL without chunks, with alpha = 100 in Table 4 of Q-chunking
 run puzzle-3x3-task1-fql-single 100000 fql.py puzzle-3x3-play-v0 --sparse --task 1 --alpha 100
 
-# 2: Q-Flow, lambda and aggregation by its paper's first table
+# 2: Q-Flow, lambda and --q-agg from the first table of its paper
 for task in 1 2 4; do
     run puzzle-3x3-task$task-qflow 100000 qflow.py "${puzzle[@]}" --task $task
 done
 
-# 3: QC-FQL, alpha by the same table
+# 3: QC-FQL, alpha from Table 4 of Q-chunking
 for task in 2 3; do
     run scene-task$task-fql 100000 fql.py "${scene[@]}" --task $task --alpha 300
 done
