@@ -202,7 +202,7 @@ def test_help_has_the_defaults_of_the_environment(help_text):
     assert re.search(
         r"--policy {flow-t,flow-g,naive,gaussian} velocity [^()]*\(default: flow-t\)", text
     )
-    assert re.search(r"--target-entropy FLOAT [^()]*for gaussian, 0 stands for SAC's -A", text)
+    assert re.search(r"--target-entropy FLOAT [^()]*gaussian: 0 means SAC's -A", text)
 
 
 # ----------------------------------------------------------------------------------------- runs
