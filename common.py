@@ -235,7 +235,7 @@ class Dataset:
         if len(valids) > 0 and (not np.any(valids) or valids[-1] != 0):
             raise ValueError("no transitions, or no end of an episode in the last row")
         if (np.abs(actions) > 1).any():
-            raise ValueError("actions beyond [-1, 1]")
+            raise ValueError("actions beyond [-1, 1]: rescale them and the environment's")
 
         def to_device(array):
             return torch.as_tensor(np.asarray(array, np.float32), device=device)
@@ -868,12 +868,23 @@ class Run:
         )
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=resume)
-            self.lock = FileLock(self.folder / ".lock", timeout=lock_seconds)
-            try:
-                self.lock.acquire()
-            except Timeout:
-                hint = f"if its machine died, delete {self.lock.lock_file}"
-                raise UserError(f"{self.folder}: another process writes there; {hint}") from None
+            self.lock = FileLock(self.folder / ".lock")
+            self.take_lock(lock_seconds)
+
+    def take_lock(self, seconds):
+        """Take the folder's lock, waiting that long for its owner. Raises UserError."""
+        try:
+            self.lock.acquire(timeout=0)
+            return
+        except Timeout:
+            hint = f"if its machine died, delete {self.lock.lock_file}"
+            reason = f"{self.folder}: another process writes there; {hint}"
+        try:
+            if seconds > 0:
+                print(f"{reason}; waiting for {seconds} s")
+            self.lock.acquire(timeout=seconds)
+        except Timeout:
+            raise UserError(reason) from None
 
     def __enter__(self):
         return self
@@ -905,9 +916,11 @@ class Run:
             load_weights(nets, checkpoint["nets"])
             config = read_config(self.folder)
             self.same_settings = ", with the same settings"
-            wandb_id = config.get("wandb_id")
+            wandb_id, name = config.get("wandb", (None, ""))
+            if name != self.folder.name:  # a copy of another run's folder: a run of its own
+                wandb_id = None
             print_changes(config["args"], self.config["args"])
-            names = ("script", "device", "dataset", "threads", "versions")
+            names = ("script", "commit", "device", "dataset", "threads", "versions")
             print_changes(config, {name: self.config.get(name) for name in names})
         elif len(read_columns(self.folder / "eval.csv").get("step", [])) > 1:
             # A checkpoint follows each evaluation.
@@ -920,7 +933,7 @@ class Run:
             self.wandb = start_wandb(self.folder, self.config, wandb_id)
             wandb_id = self.wandb.id
         if wandb_id:  # the folder's name would not do: another sweep may have had the same
-            self.config["wandb_id"] = config["wandb_id"] = wandb_id
+            self.config["wandb"] = config["wandb"] = (wandb_id, self.folder.name)
         write_config(self.folder, config)
         return checkpoint
 
@@ -1075,7 +1088,8 @@ def start_run(script, name, args, description, device):
         started = datetime.now().strftime("%Y%m%d-%H%M%S-%f")  # several may start in one second
         own_name = name.replace("/", "-")  # a Gymnasium id may have a namespace
         folder = Path(args.run_dir) / f"{own_name}__{script.stem}__{args.seed}__{started}"
-    config = dict(script=script.name, args=vars(args), device=device.type, dataset=description)
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    config = dict(script=script.name, args=vars(args), device=device_name, dataset=description)
     lock_seconds = 300 if args.start_or_resume else 0  # a requeued job's last process may yet end
     run = Run(folder, config, bool(old_folder), args.track, lock_seconds)
     run.how_to_resume = f"resume with --resume {run.folder}"

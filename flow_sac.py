@@ -406,7 +406,7 @@ class Policy(nn.Module):
             self.velocity = FlowG(obs_dim, action_dim, width)
         elif args.policy == "naive":
             self.velocity = Naive(obs_dim, action_dim, width)
-        else:
+        elif args.policy == "gaussian":
             self.velocity = Gaussian(obs_dim, action_dim, width)
         if args.noise_std > 0:
             # A step's noise has std sigma sqrt(dt), dt = 1 / K.
@@ -417,7 +417,10 @@ class Policy(nn.Module):
 
 
 class Networks(nn.Module):
-    """The trainable networks and, for `--critic sac`, the target critic; in evaluation mode."""
+    """The trainable networks and, for `--critic sac`, the target critic.
+
+    They are in evaluation mode; only the losses switch it, where BatchRenorm needs it.
+    """
 
     def __init__(self, obs_dim, action_dim, args):
         super().__init__()
@@ -488,13 +491,14 @@ def sample_actions(nets, obs, x0, args):
 # A batch:
 #
 #     observations       (B, O)
-#     actions            (B, h * A)  in [-1, 1]
+#     actions            (B, h * A)  in [-1, 1], step after step; after the episode's end, any
 #     rewards            (B,)    discounted sum over the valid steps of a chunk
-#     masks              (B,)    0 if the environment terminated at a valid step, else 1
+#     masks              (B,)    0 if solved or terminated at a valid step, else 1 (time limit, too)
 #     next_observations  (B, O)  after the last valid step
 #     valid              (B, h)  0 for steps after the end of the episode, else 1
 #
-# A chunk whose last step is not valid has weight 0 in TD.
+# A chunk whose last step is not valid has weight 0 in TD. So chunks must start at every step of an
+# episode, not at every h-th: else most ends are never learned.
 
 
 class Noise(NamedTuple):
@@ -682,7 +686,7 @@ def load(folder, device="cpu"):
 
 @torch.no_grad()
 def act(nets, obs, args, generator=None):
-    """The policy on NumPy arrays: observations (B, O) -> the next h actions (B, h, A)."""
+    """The policy on NumPy arrays: observations (B, O) -> next h actions (B, h, A) in [-1, 1]."""
     obs_dim, action_dim = nets.sizes
     device = next(nets.parameters()).device
     x0 = torch.randn(len(obs), action_dim, device=device, generator=generator)

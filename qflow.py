@@ -268,13 +268,14 @@ def sample_actions(nets, obs, x0, args):
 # A batch:
 #
 #     observations       (B, O)
-#     actions            (B, h * A)  in [-1, 1]
+#     actions            (B, h * A)  in [-1, 1], step after step; after the episode's end, any
 #     rewards            (B,)    discounted sum over the valid steps of a chunk
-#     masks              (B,)    0 if solved or terminated at a valid step, else 1
+#     masks              (B,)    0 if solved or terminated at a valid step, else 1 (time limit, too)
 #     next_observations  (B, O)  after the last valid step
 #     valid              (B, h)  0 for steps after the end of the episode, else 1
 #
-# A chunk whose last step is not valid has weight 0.
+# A chunk whose last step is not valid has weight 0. So chunks must start at every step of an
+# episode, not at every h-th: else most ends are never learned.
 
 
 class Noise(NamedTuple):
@@ -413,7 +414,7 @@ def load(folder, device="cpu"):
 
 @torch.no_grad()
 def act(nets, obs, args, generator=None):
-    """The policy on NumPy arrays: observations (B, O) -> the next h actions (B, h, A)."""
+    """The policy on NumPy arrays: observations (B, O) -> next h actions (B, h, A) in [-1, 1]."""
     obs_dim, action_dim = nets.sizes
     device = next(nets.parameters()).device
     x0 = torch.randn(len(obs), action_dim, device=device, generator=generator)

@@ -4,8 +4,9 @@
     python results/curves.py results/halfcheetah/*-seed* --mean --out returns.png
     python results/curves.py runs/* --published qc --method QC-FQL --out published.png
 
-With --mean, runs whose paths differ only in -seedN are drawn as one line, their mean, with a band
-for its 95% bootstrap interval. Both are also printed as a table.
+With --mean, runs of different seeds (NAME-seed0, or ENV__SCRIPT__0__TIME as the scripts name them)
+are drawn as one line, their mean, with a band for its 95% bootstrap interval. Both are also printed
+as a table.
 
 With --published, the figure has a panel for each task of the runs: success by step, with the
 published curve of --method as a line with a band, and the runs as points with the 95% Wilson
@@ -28,7 +29,7 @@ from matplotlib.ticker import EngFormatter
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import wilson  # noqa: E402
-from table import summarise, task_number  # noqa: E402
+from table import IGNORED, summarise, task_number  # noqa: E402
 
 import common  # noqa: E402
 
@@ -65,6 +66,22 @@ def read(folder, column):
             choose("--column", column, row, file.name)
             values[int(row["step"])] = float(row[column])
     return values
+
+
+def without_seed(folder):
+    """The path of a run without its seed, and without the time or hash behind it."""
+    path = folder.resolve()
+    return path.with_name(re.sub(r"(-seed\d+|__\d+__[\w-]+)$", "", path.name))
+
+
+def check_same_settings(name, folders):
+    """Raise UserError if the runs differ in more than their seed."""
+    runs = [common.read_config(folder)["args"] for folder in folders]
+    for setting in sorted(set().union(*runs)):
+        values = {str(run.get(setting)) for run in runs}
+        if len(values) > 1 and setting not in IGNORED:
+            differ = f"{setting} is {' or '.join(sorted(values))}"
+            raise common.UserError(f"--mean: the runs of {name} have several settings: {differ}")
 
 
 def draw_mean(axes, name, runs):
@@ -231,33 +248,35 @@ def main(
 
     Args:
         column: column of eval.csv to plot
-        mean: draw runs that differ only in -seedN as one line, their mean
+        mean: draw runs that differ only in their seed as one line, their mean
         switch: step to mark with a vertical line
         published: qc, qam (files in results/published) or another csv file with the same columns
         task: task in the published file, repeatable; default: the tasks of the runs
         method: method in the published file, repeatable
     """
     if published:
+        if mean:
+            raise common.UserError("--mean: not with --published, which shows each run")
         compare(folders, out, published, task, method)
         return
     if task or method:
         raise common.UserError("--task and --method need --published")
-    groups = {}  # path, with --mean without its -seedN -> runs
+    groups = {}  # path, with --mean without the seed -> folders
     for folder in folders:
         if is_evaluated(folder):
-            path = folder.resolve()
-            if mean:
-                path = path.with_name(re.sub(r"-seed\d+$", "", path.name))
-            groups.setdefault(path, []).append(read(folder, column))
+            path = without_seed(folder) if mean else folder.resolve()
+            groups.setdefault(path, []).append(folder)
     if not groups:
         raise common.UserError(NO_RUNS)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     names = [path.name for path in groups]
-    for path, runs in groups.items():
+    for path, group in groups.items():
         is_unique = names.count(path.name) == 1
         name = path.name if is_unique else f"{path.parent.name}/{path.name}"
+        runs = [read(folder, column) for folder in group]
         if mean:
+            check_same_settings(name, group)
             draw_mean(axes, name, runs)
         else:
             axes.plot(runs[0].keys(), runs[0].values(), ".-", label=name)

@@ -121,7 +121,9 @@ def main():
     if "script" not in config:
         raise common.UserError(f"{cli.run}: its config.json does not name a script")
     script = import_script(config["script"])
-    print(f"script: {script.__file__}", file=sys.stderr)  # perhaps not the one that made the run
+    step = common.read_checkpoint(cli.run)["step"]
+    # The script is perhaps not the one that made the run, which perhaps goes on.
+    print(f"script: {script.__file__}, checkpoint of step {step}", file=sys.stderr)
     nets, args = script.load(cli.run)
     device = script.choose_device(cli.device)
     nets.to(device)

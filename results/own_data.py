@@ -26,8 +26,9 @@ def make_env():
     return gymnasium.wrappers.RescaleAction(env, -1.0, 1.0)
 
 
-# Your episodes, one after the other: here five with random actions.
-rows = []  # observation, action, reward, mask (0 where no future counts), valid
+# Your episodes, one after the other: here five with random actions. Actions are those of the
+# wrapped environment; convert recorded ones to [-1, 1]: 2 * (action - low) / (high - low) - 1.
+rows = []  # observation, action, reward, mask (0 if terminated: no future counts), valid
 env = make_env()
 env.action_space.seed(0)
 for episode in range(5):

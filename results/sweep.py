@@ -24,7 +24,13 @@ before starting Ray:
 
     python results/sweep.py --print --scripts ... > jobs.txt
     xargs -d '\\n' -P 4 -I LINE sh -c 'LINE || exit 1' < jobs.txt    # or: parallel -j 4 < jobs.txt
-    sbatch --array=1-30 --requeue --wrap 'eval "$(sed -n ${SLURM_ARRAY_TASK_ID}p jobs.txt)"'
+    sbatch --array=1-$(wc -l < jobs.txt) --gpus=1 --requeue --open-mode=append \\
+        --wrap 'eval "$(sed -n ${SLURM_ARRAY_TASK_ID}p jobs.txt)"'
+
+For GPU jobs, give --device cuda after --: without it, a job whose node has no usable GPU runs on
+the CPU. SLURM does not requeue a job that reached its time limit: submit jobs.txt again; finished
+jobs end at once. Other flags after --, or another order, start new runs. RUN_DIR and OGBENCH_DATA
+need a filesystem with flock; without it, a killed job leaves .lock, which must be deleted.
 
 A Weights & Biases sweep calls the scripts itself. Its `command` needs ${args_no_boolean_flags};
 flags with a list belong there, too:
@@ -78,7 +84,7 @@ class Args:
     cpus: float = 1.0
     """cores per job; the number of torch threads is this, rounded down, but at least 1"""
     gpus: float | None = None
-    """GPUs per job (0.25: four share one; 0: none); default: 1 if Ray finds any, else 0"""
+    """with Ray: GPUs per job (0.25: four share one); default: 1 if Ray finds any, else 0"""
     run_dir: Path = Path("runs/sweep")
     """where the folders of the jobs are"""
     print: bool = False
@@ -170,7 +176,7 @@ def check_settings(folder, args):
         before = json.dumps(saved[name])
         now = json.dumps(value)
         if before != now and name not in ("resume", "start_or_resume"):
-            hint = "use another --run-dir, or remove the folder to start anew"
+            hint = "use another --run-dir, or move the folder away to start anew"
             raise common.UserError(f"{folder}: {name} was {before}, would be {now}; {hint}")
 
 

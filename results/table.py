@@ -9,13 +9,14 @@ its online phase count, even if there are fewer than three.) The interval is the
 interval of the mean over seeds. "settings" lists only those that differ from the script's defaults
 for the environment. Prints Markdown. On stderr, it names what is left out: folders without a run,
 unfinished runs and, if two runs have the same settings, seed and dataset, the one that was
-evaluated earlier. It also names rows whose runs had different datasets.
+evaluated earlier. It also names rows whose runs had different datasets or evaluations.
 
-With --over-tasks, a second table has a row for each method: over all its tasks and seeds, the
-interquartile mean and its 95% stratified bootstrap interval, as defined by rliable
-(https://arxiv.org/abs/2108.13264). Only success rates are pooled. A method needs at least two
-tasks, all with the same number of seeds. The runs of a task must share their settings and number of
-steps; different tasks may differ in both.
+With --over-tasks, a second table has a row for each method: over all its tasks and seeds, the mean,
+which papers on OGBench report for the five tasks of an environment, and the interquartile mean with
+its 95% stratified bootstrap interval, as defined by rliable (https://arxiv.org/abs/2108.13264). All
+success rates of a method are pooled: pass the runs of one environment for its own mean. A method
+needs at least two tasks, all with the same number of seeds. The runs of a task must share their
+settings and number of steps; different tasks may differ in both.
 """
 
 import csv
@@ -107,9 +108,9 @@ def changed_settings(args, module, is_copy):
 
 
 def read_run(folder):
-    """A run's row (environment, ...), whether its score is a success rate, seed, score, dataset.
+    """A run's row (environment, ...), whether its score is a success rate, seed, dataset, score.
 
-    Raises ValueError if there is no score.
+    And the steps of the evaluations in the score. Raises ValueError if there is none.
     """
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -162,7 +163,8 @@ def read_run(folder):
     score = np.mean([float(row[column]) for row in rows[-3:]])
     if has_success:
         score = 100 * score
-    return key, has_success, args["seed"], score, config.get("dataset")
+    steps = ", ".join(row["step"] for row in rows[-3:])
+    return key, has_success, args["seed"], config.get("dataset"), score, steps
 
 
 def summarise(scores):
@@ -199,10 +201,10 @@ def print_over_tasks(groups):
     methods = {}  # method -> (environment, task) -> scores, one array for each settings and steps
     for (environment, task, method, _, _, has_success), runs in groups.items():
         if has_success:
-            scores = [score for _, score in runs.values()]
+            scores = [score for _, score, _ in runs.values()]
             methods.setdefault(method, {}).setdefault((environment, task), []).append(scores)
-    print("\n| method | tasks | seeds | interquartile mean | 95% |")
-    print("| --- | --- | --- | --- | --- |")
+    print("\n| method | tasks | seeds | mean | interquartile mean | 95% |")
+    print("| --- | --- | --- | --- | --- | --- |")
     for method, tasks in sorted(methods.items()):
         several = [" ".join(name) for name, rows in tasks.items() if len(rows) > 1]
         counts = sorted({len(scores) for rows in tasks.values() for scores in rows})
@@ -213,9 +215,11 @@ def print_over_tasks(groups):
         elif len(tasks) == 1:
             reason = "one task only"
         else:
-            mean, low, high = summarise_tasks([scores for (scores,) in tasks.values()])
+            scores = [scores for (scores,) in tasks.values()]
+            middle, low, high = summarise_tasks(scores)
             interval = "" if np.isnan(low) else f"{low:.1f}% to {high:.1f}%"
-            print(f"| {method} | {len(tasks)} | {counts[0]} | {mean:.1f}% | {interval} |")
+            cells = f"{len(tasks)} | {counts[0]} | {np.mean(scores):.1f}% | {middle:.1f}%"
+            print(f"| {method} | {cells} | {interval} |")
             continue
         print(f"left out over tasks: {method}: {reason}", file=sys.stderr)
 
@@ -236,32 +240,36 @@ def main(
         out: also write the table there, as CSV
         over_tasks: also print a table over the tasks of each method
     """
-    groups = {}  # what a row is for -> (seed, dataset) -> (folder, score)
+    groups = {}  # what a row is for -> (seed, dataset) -> (folder, score, steps)
     for folder in sorted(folders, key=lambda folder: folder.name):
         try:
-            key, has_success, seed, score, dataset = read_run(folder)
+            key, has_success, seed, dataset, score, steps = read_run(folder)
         except ValueError as error:
             print(f"left out: {folder}: {error}", file=sys.stderr)
             continue
         runs = groups.setdefault((*key, has_success), {})
         if (seed, dataset) in runs:
-            other, _ = runs[seed, dataset]
+            other, _, _ = runs[seed, dataset]
             older, newer = sorted([other, folder], key=evaluated_at)
             reason = f"{newer}, same settings, seed and dataset, was evaluated later"
             print(f"left out: {older}: {reason}", file=sys.stderr)
             if newer == other:
                 continue
-        runs[seed, dataset] = (folder, score)
+        runs[seed, dataset] = (folder, score, steps)
 
     table = []
     print(f"| {' | '.join(COLUMNS[:-2])} | 95% |")
     print("| --- " * (len(COLUMNS) - 1) + "|")
     for (*key, has_success), runs in sorted(groups.items()):
-        scores = [score for _, score in runs.values()]
-        datasets = {str(dataset) for _, dataset in runs}
-        if len(datasets) > 1:
-            row = ", ".join(key[:3])
-            print(f"several datasets: {row}: {'; '.join(sorted(datasets))}", file=sys.stderr)
+        scores = [score for _, score, _ in runs.values()]
+        several = dict(
+            datasets={str(dataset) for _, dataset in runs},
+            evaluations={steps for _, _, steps in runs.values()},
+        )
+        for name, values in several.items():
+            if len(values) > 1:
+                row = ", ".join(key[:3])
+                print(f"several {name}: {row}: {'; '.join(sorted(values))}", file=sys.stderr)
         mean, low, high = summarise(scores)
         table.append([*key, len(scores), mean, low, high])
         form = "{:.1f}%" if has_success else "{:.0f}"

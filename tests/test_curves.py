@@ -149,6 +149,8 @@ def test_a_run_of_another_environment(call, make_run):
     message = "RUN: pointmaze-medium-navigate-task1: not in .*; closest: "
     with pytest.raises(common.UserError, match=message):
         call("--published", "qc", "--method", "FQL", run)
+    with pytest.raises(common.UserError, match="^--mean: not with --published"):
+        call("--published", "qc", "--method", "FQL", "--mean", run)
     run = make_run("RUN2", 0, {100_000: 0.5}, env="Hopper-v5")
     with pytest.raises(common.UserError, match="RUN2: its environment, Hopper-v5, is not OGBench"):
         call("--published", "qc", "--method", "FQL", run)
@@ -171,6 +173,20 @@ def test_folders_of_the_same_name_are_lines_of_their_own(call, make_run, tmp_pat
     assert drawn == {"ant/a-seed0": [0.6], "hopper/a-seed0": [0.2]}
     rows = call("--column", "success", "--mean", *sorted(tmp_path.glob("*/a-seed*")))
     assert [row[:3] for row in rows] == [["ant/a", "100", "0.65"], ["hopper/a", "100", "0.25"]]
+
+    for seed in (0, 1):
+        make_run(f"{PUZZLE}__fql__{seed}__20261201-11020{seed}-123456", 1, {100: 0.5 + 0.2 * seed})
+    folders = [*tmp_path.glob(f"{PUZZLE}*")]
+    assert call("--column", "success", "--mean", *folders)[0][:3] == [
+        f"{PUZZLE}__fql",
+        "100",
+        "0.6",
+    ]
+    config = dict(common.read_config(folders[0]))
+    config["args"]["alpha"] = 3.0
+    (folders[0] / "config.json").write_text(json.dumps(config))
+    with pytest.raises(common.UserError, match=f"of {PUZZLE}__fql have several settings: alpha is"):
+        call("--mean", *folders)
 
     make_run("other-seed1", 1, {300: 0.5})
     make_run("other-seed0", 1, {200: 0.5})

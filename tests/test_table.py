@@ -185,6 +185,14 @@ def test_a_row_with_several_datasets_is_named(runs, make_table):
     assert errors == f"several datasets: {NAME}, 1, FQL: collected; official\n"
 
 
+def test_a_row_with_several_evaluations_is_named(runs, make_table):
+    settings = {**fql.SETTINGS["pointmaze"], "offline_steps": 100}
+    for seed, scores in enumerate([[0.5, 0.6], [0.5, 0.5, 0.5, 0.6]]):
+        write_run(runs / str(seed), fql, scores, seed=seed, **settings)
+    _, errors = make_table()
+    assert errors == f"several evaluations: {NAME}, 1, FQL: 50, 100; 50, 75, 100\n"
+
+
 def test_what_is_left_out_is_named(runs, make_table):
     settings = {**qflow.SETTINGS["pointmaze"], "offline_steps": 100, "online_steps": 0}
     write_run(runs / "run_a", qflow, [0.2], **settings)
@@ -262,11 +270,11 @@ def test_the_table_over_tasks(runs, capsys):
     table.main(tuple(runs.iterdir()), over_tasks=True)
     printed = capsys.readouterr()
     tasks = [[97, 90, 100], [69, 74, 52], [11, 30, 18], [22, 2, 40]]
-    mean, low, high = table.summarise_tasks(tasks)
+    middle, low, high = table.summarise_tasks(tasks)
     assert printed.out.split("\n\n")[1].splitlines() == [
-        "| method | tasks | seeds | interquartile mean | 95% |",
-        "| --- | --- | --- | --- | --- |",
-        f"| Q-Flow | 4 | 3 | {mean:.1f}% | {low:.1f}% to {high:.1f}% |",
+        "| method | tasks | seeds | mean | interquartile mean | 95% |",
+        "| --- | --- | --- | --- | --- | --- |",
+        f"| Q-Flow | 4 | 3 | 50.4% | {middle:.1f}% | {low:.1f}% to {high:.1f}% |",
     ]
     assert printed.err == "left out over tasks: FQL: one task only\n"
 
