@@ -39,7 +39,7 @@ def test_the_commands_parse(monkeypatch):
     assert len(commands) >= 8
     monkeypatch.chdir(ROOT)
     for script, flags in commands:
-        if "--help" in flags or "runs/RUN" in flags:
+        if "--help" in flags or " runs/" in flags:
             continue
         module = importlib.import_module(script)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags.split()])
