@@ -917,7 +917,7 @@ class Run:
             config = read_config(self.folder)
             self.same_settings = ", with the same settings"
             wandb_id, name = config.get("wandb", (None, ""))
-            if name != self.folder.name:  # a copy of another run's folder: a run of its own
+            if name != self.folder.resolve().name:  # a copy of a run is a run of its own
                 wandb_id = None
             print_changes(config["args"], self.config["args"])
             names = ("script", "commit", "device", "dataset", "threads", "versions")
@@ -933,7 +933,7 @@ class Run:
             self.wandb = start_wandb(self.folder, self.config, wandb_id)
             wandb_id = self.wandb.id
         if wandb_id:  # the folder's name would not do: another sweep may have had the same
-            self.config["wandb"] = config["wandb"] = (wandb_id, self.folder.name)
+            self.config["wandb"] = config["wandb"] = (wandb_id, self.folder.resolve().name)
         write_config(self.folder, config)
         return checkpoint
 

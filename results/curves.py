@@ -4,9 +4,9 @@
     python results/curves.py results/halfcheetah/*-seed* --mean --out returns.png
     python results/curves.py runs/* --published qc --method QC-FQL --out published.png
 
-With --mean, runs of different seeds (NAME-seed0, or ENV__SCRIPT__0__TIME as the scripts name them)
-are drawn as one line, their mean, with a band for its 95% bootstrap interval. Both are also printed
-as a table.
+With --mean, runs of different seeds (NAME-seed0; ENV__SCRIPT__0__TIME or __HASH, as the scripts and
+sweep.py name them) are drawn as one line, their mean, with a band for its 95% bootstrap interval.
+Both are also printed as a table.
 
 With --published, the figure has a panel for each task of the runs: success by step, with the
 published curve of --method as a line with a band, and the runs as points with the 95% Wilson
@@ -69,17 +69,22 @@ def read(folder, column):
 
 
 def without_seed(folder):
-    """The path of a run without its seed, and without the time or hash behind it."""
+    """The path of a run without its seed and the time of its start."""
     path = folder.resolve()
-    return path.with_name(re.sub(r"(-seed\d+|__\d+__[\w-]+)$", "", path.name))
+    name = re.sub(r"-seed\d+$|__\d+__\d{8}-\d{6}-\d+$", "", path.name)
+    return path.with_name(re.sub(r"__\d+__([0-9a-f]{8})$", r"__\1", name))  # of a sweep
 
 
-def check_same_settings(name, folders):
-    """Raise UserError if the runs differ in more than their seed."""
+def check_seeds(name, folders):
+    """Raise UserError if the runs do not differ in their seed, or differ in what table.py shows."""
     runs = [common.read_config(folder)["args"] for folder in folders]
+    seeds = [run["seed"] for run in runs]
+    if len(set(seeds)) < len(seeds):
+        raise common.UserError(f"--mean: several runs of {name} have the same seed")
+    shown = {"env", "task", "dataset", "offline_steps", "online_steps"}
     for setting in sorted(set().union(*runs)):
         values = {str(run.get(setting)) for run in runs}
-        if len(values) > 1 and setting not in IGNORED:
+        if len(values) > 1 and (setting in shown or setting not in IGNORED):
             differ = f"{setting} is {' or '.join(sorted(values))}"
             raise common.UserError(f"--mean: the runs of {name} have several settings: {differ}")
 
@@ -276,7 +281,7 @@ def main(
         name = path.name if is_unique else f"{path.parent.name}/{path.name}"
         runs = [read(folder, column) for folder in group]
         if mean:
-            check_same_settings(name, group)
+            check_seeds(name, group)
             draw_mean(axes, name, runs)
         else:
             axes.plot(runs[0].keys(), runs[0].values(), ".-", label=name)

@@ -29,8 +29,8 @@ before starting Ray:
 
 For GPU jobs, give --device cuda after --: without it, a job whose node has no usable GPU runs on
 the CPU. SLURM does not requeue a job that reached its time limit: submit jobs.txt again; finished
-jobs end at once. Other flags after --, or another order, start new runs. RUN_DIR and OGBENCH_DATA
-need a filesystem with flock; without it, a killed job leaves .lock, which must be deleted.
+jobs end once they have loaded their dataset. Other flags after --, or another order, start new
+runs. On a filesystem without flock, a killed job leaves .lock, which must be deleted.
 
 A Weights & Biases sweep calls the scripts itself. Its `command` needs ${args_no_boolean_flags};
 flags with a list belong there, too:

@@ -163,7 +163,7 @@ def read_run(folder):
     score = np.mean([float(row[column]) for row in rows[-3:]])
     if has_success:
         score = 100 * score
-    steps = ", ".join(row["step"] for row in rows[-3:])
+    steps = ", ".join(f"{row['step']} ({row['episodes']} episodes)" for row in rows[-3:])
     return key, has_success, args["seed"], config.get("dataset"), score, steps
 
 

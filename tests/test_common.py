@@ -890,8 +890,14 @@ def test_start_run_resume_and_start_or_resume(tmp_path, monkeypatch, capsys):
         printed = capsys.readouterr().out
         assert f"{NAME}: 5 transitions\n" in printed and "seed=3, run_dir=runs" in printed
         run.save(step=7, nets=NETS.state_dict(), generator=None)
+    monkeypatch.setattr(common, "git_commit", lambda: "other")
     with start(resume=str(run.folder)) as again:
         assert again.folder == run.folder and again.begin(NETS)["step"] == 7
+        assert "-> other" in capsys.readouterr().out  # another commit is another program
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU ({device})")
+    gpu = torch.device("cuda:1")
+    with common.start_run("/x/fql.py", NAME, start_args(), "5 transitions", gpu) as run:
+        assert run.config["device"] == "a GPU (cuda:1)"
 
     for _ in range(2):  # it has no checkpoint yet
         with start(start_or_resume="sweep/job") as run:

@@ -29,10 +29,10 @@ ANTMAZE = "antmaze-large-navigate-v0"
 def make_run(tmp_path):
     """A function (name, task, {step: success of 50 episodes}) -> folder of a run."""
 
-    def make(name, task, success, env=PUZZLE):
+    def make(name, task, success, env=PUZZLE, seed=0):
         folder = tmp_path / name
         folder.mkdir()
-        config = dict(script="fql.py", args=dict(env=env, task=task))
+        config = dict(script="fql.py", args=dict(env=env, task=task, seed=seed))
         (folder / "config.json").write_text(json.dumps(config))
         rows = ["step,episodes,success,return,length"]
         rows += [f"{step},50,{rate},-1,9" for step, rate in success.items()]
@@ -160,7 +160,7 @@ def test_folders_of_the_same_name_are_lines_of_their_own(call, make_run, tmp_pat
     for environment, success in (("hopper", 0.2), ("ant", 0.6)):
         (tmp_path / environment).mkdir()
         for seed in (0, 1):
-            make_run(f"{environment}/a-seed{seed}", 1, {100: success + 0.1 * seed})
+            make_run(f"{environment}/a-seed{seed}", 1, {100: success + 0.1 * seed}, seed=seed)
     drawn = {}
     plot = Axes.plot
 
@@ -174,24 +174,36 @@ def test_folders_of_the_same_name_are_lines_of_their_own(call, make_run, tmp_pat
     rows = call("--column", "success", "--mean", *sorted(tmp_path.glob("*/a-seed*")))
     assert [row[:3] for row in rows] == [["ant/a", "100", "0.65"], ["hopper/a", "100", "0.25"]]
 
-    for seed in (0, 1):
-        make_run(f"{PUZZLE}__fql__{seed}__20261201-11020{seed}-123456", 1, {100: 0.5 + 0.2 * seed})
-    folders = [*tmp_path.glob(f"{PUZZLE}*")]
-    assert call("--column", "success", "--mean", *folders)[0][:3] == [
-        f"{PUZZLE}__fql",
-        "100",
-        "0.6",
-    ]
-    config = dict(common.read_config(folders[0]))
-    config["args"]["alpha"] = 3.0
-    (folders[0] / "config.json").write_text(json.dumps(config))
-    with pytest.raises(common.UserError, match=f"of {PUZZLE}__fql have several settings: alpha is"):
-        call("--mean", *folders)
-
-    make_run("other-seed1", 1, {300: 0.5})
+    make_run("other-seed1", 1, {300: 0.5}, seed=1)
     make_run("other-seed0", 1, {200: 0.5})
     with pytest.raises(common.UserError, match="^--mean: the runs of other have no step in common"):
         call("--mean", *tmp_path.glob("other-seed*"))
+
+
+@pytest.mark.parametrize(
+    "name, label",
+    [
+        ("{seed}__20261201-11020{seed}-123456", f"{PUZZLE}__fql"),  # of a script
+        ("{seed}__0123abcd", f"{PUZZLE}__fql__0123abcd"),  # of a sweep
+    ],
+)
+def test_runs_of_different_seeds_are_one_line(call, make_run, name, label):
+    folders = []
+    for seed in (0, 1):
+        folder = f"{PUZZLE}__fql__{name.format(seed=seed)}"
+        folders.append(make_run(folder, 1, {100: 0.5 + 0.2 * seed}, seed=seed))
+    (row,) = call("--column", "success", "--mean", *folders)
+    assert row[:3] == [label, "100", "0.6"]
+    path = folders[0] / "config.json"
+    config = common.read_config(folders[0])
+    for changed, words in (
+        (dict(alpha=3.0), "have several settings: alpha is 3.0 or None"),
+        (dict(task=2), "have several settings: task is 1 or 2"),
+        (dict(seed=1), "have the same seed"),
+    ):
+        path.write_text(json.dumps(dict(config, args={**config["args"], **changed})))
+        with pytest.raises(common.UserError, match=f"^--mean: .*runs of {label} {words}"):
+            call("--mean", *folders)
 
 
 # ----------------------------------------------------------------------- the runs beside the curves

@@ -375,7 +375,7 @@ def test_two_processes_never_write_one_run(call, copy_of):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_a_requeued_job_waits_for_the_process_before_it(call, copy_of, monkeypatch):
+def test_a_requeued_job_waits_for_the_process_before_it(call, copy_of, monkeypatch, capsys):
     folder = copy_of("fql")
     is_locked = threading.Event()
     may_end = threading.Event()
@@ -397,6 +397,7 @@ def test_a_requeued_job_waits_for_the_process_before_it(call, copy_of, monkeypat
     call("fql", "--start-or-resume", folder, "--offline-steps", 41)
     thread.join()
     assert common.read_checkpoint(folder)["step"] == 41
+    assert "another process writes there; " in capsys.readouterr().out
 
 
 def test_a_mistake_in_a_network_is_not_a_damaged_run(call, whole, monkeypatch):

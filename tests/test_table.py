@@ -190,7 +190,9 @@ def test_a_row_with_several_evaluations_is_named(runs, make_table):
     for seed, scores in enumerate([[0.5, 0.6], [0.5, 0.5, 0.5, 0.6]]):
         write_run(runs / str(seed), fql, scores, seed=seed, **settings)
     _, errors = make_table()
-    assert errors == f"several evaluations: {NAME}, 1, FQL: 50, 100; 50, 75, 100\n"
+    fewer = "50 (50 episodes), 100 (50 episodes)"
+    more = "50 (50 episodes), 75 (50 episodes), 100 (50 episodes)"
+    assert errors == f"several evaluations: {NAME}, 1, FQL: {fewer}; {more}\n"
 
 
 def test_what_is_left_out_is_named(runs, make_table):
