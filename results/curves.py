@@ -224,8 +224,8 @@ def compare(folders, out, published, task, method):
     if not panels:
         raise common.UserError(NO_RUNS)
 
-    columns = min(len(panels), 3)
-    rows = math.ceil(len(panels) / columns)
+    rows = math.ceil(len(panels) / 3)
+    columns = math.ceil(len(panels) / rows)
     figure = Figure(figsize=(5 * columns, 5 * rows), layout="constrained")
     print(f"| task | published | step | mean | {band} | run | success | 95% | in the band |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
