@@ -59,7 +59,7 @@ def wilson(rate, episodes):
     n = episodes
     centre = (rate + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * math.sqrt(rate * (1 - rate) / n + (z / (2 * n)) ** 2) / (1 + z**2 / n)
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)  # rounding may pass 0 or 1
 
 
 def print_intervals(results):

@@ -253,3 +253,10 @@ def test_a_maze_is_rendered(tmp_path):
     assert result.returncode == 0, result.stderr
     frames = imageio.mimread(path)
     assert len(frames) == 6 and np.std(frames[0]) > 10
+
+
+@pytest.mark.parametrize("episodes", range(1, 60))
+def test_the_interval_of_a_rate_stays_within_0_and_1(episodes):
+    low, high = evaluate.wilson(0.0, episodes)
+    assert low == 0 and 0 < high < 1
+    assert evaluate.wilson(1.0, episodes) == pytest.approx((1 - high, 1))
