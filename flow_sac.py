@@ -491,7 +491,7 @@ def sample_actions(nets, obs, x0, args):
 # A batch:
 #
 #     observations       (B, O)
-#     actions            (B, h * A)  in [-1, 1], step after step
+#     actions            (B, h * A)  in [-1, 1], step after step; real ones after an episode, too
 #     rewards            (B,)    discounted sum over the valid steps of a chunk
 #     masks              (B,)    0 if solved or terminated at a valid step, else 1 (time limit, too)
 #     next_observations  (B, O)  after the last valid step
@@ -591,7 +591,7 @@ def policy_loss(nets, batch, x0, eps, args):
         loss = loss + (nets.log_temperature.exp().detach() * log_prob).mean()
         metrics["entropy"] = -log_prob.mean()
     if args.bc_weight > 0:
-        # Of all actions, as the authors do: those behind an episode's end should be real, too.
+        # Of all actions, as the authors do: also of those after the episode's end.
         bc_loss = ((actions - batch.actions) ** 2).mean()
         loss = loss + args.bc_weight * bc_loss
         metrics["bc_loss"] = bc_loss

@@ -268,7 +268,7 @@ def sample_actions(nets, obs, x0, args):
 # A batch:
 #
 #     observations       (B, O)
-#     actions            (B, h * A)  in [-1, 1], step after step; any behind an episode's end
+#     actions            (B, h * A)  in [-1, 1], step after step; any finite values after an episode
 #     rewards            (B,)    discounted sum over the valid steps of a chunk
 #     masks              (B,)    0 if solved or terminated at a valid step, else 1 (time limit, too)
 #     next_observations  (B, O)  after the last valid step
