@@ -36,9 +36,6 @@ critics, chunks and rewards.
 
 Q-chunking's QC-FQL is --horizon 5 --q-agg mean, with alpha 300 for cube-double, scene and
 puzzle-3x3 (the last two with --sparse), and alpha 100 for cube-triple and cube-quadruple.
-
-For offline-to-online runs, FQL's authors use alpha 100 for humanoidmaze-medium and 30 for
-antsoccer-arena, in both phases.
 """
 
 import copy
@@ -159,6 +156,9 @@ SETTINGS = {
     "visual-puzzle-3x3-play": dict(alpha=300.0, offline_steps=500_000),
     "visual-puzzle-4x4-play": dict(alpha=300.0, offline_steps=500_000),
 }
+
+# Where the authors use another alpha if a run goes online, in both of its phases.
+ONLINE_ALPHA = {"humanoidmaze-medium-navigate": 100.0, "antsoccer-arena-navigate": 30.0}
 
 
 # ------------------------------------------------------------------------------------- networks
@@ -731,6 +731,10 @@ def main():
         raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")
     if not any(re.match(names, args.env) for names in SETTINGS):
         print(f"--env {args.env} has no tuned settings: using the defaults")
+    for name_start, alpha in ONLINE_ALPHA.items():
+        if args.online_steps > 0 and args.env.startswith(name_start) and args.alpha != alpha:
+            hint = f"the authors use {alpha} if a run goes online, in both phases"
+            print(f"--alpha {args.alpha}: {hint}")
     with common.start_run(__file__, name, args, description, device) as run:
         train(args, dataset, env, eval_env, run)
 

@@ -145,6 +145,25 @@ def test_our_own_settings_are_those_of_the_runs_that_showed_them_to_work(
         assert shown[name] == (list(value) if isinstance(value, tuple) else value), name
 
 
+@pytest.mark.parametrize(
+    "flags, warning",
+    [
+        ("--env antsoccer-arena-navigate-v0 --online-steps 9", "--alpha 10.0: the authors use 30"),
+        ("--env humanoidmaze-medium-navigate-v0 --task 2 --online-steps 9", "use 100.0 if a run"),
+        ("--env antsoccer-arena-navigate-v0 --online-steps 9 --alpha 30", ""),
+        ("--env antsoccer-arena-navigate-v0", ""),
+        ("--env antmaze-large-navigate-v0 --online-steps 9", ""),
+    ],
+)
+def test_another_alpha_of_online_runs_is_named(flags, warning, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "get_dataset", lambda *args, **kwargs: (range(9), "no data"))
+    monkeypatch.setattr(fql, "train", lambda *args: None)
+    start_here(monkeypatch, fql, *flags.split(), "--device", "cpu", "--run-dir", tmp_path)
+    printed = capsys.readouterr().out
+    assert ("the authors use" in printed) == (warning != "")
+    assert warning in printed
+
+
 @pytest.mark.parametrize("script", [qflow, fql, flow_sac])
 def test_the_task_is_that_of_the_rewards_and_of_both_environments(script, tmp_path, monkeypatch):
     env_id = "pointmaze-medium-singletask-task3-v0"
