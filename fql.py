@@ -699,7 +699,7 @@ def make_env(args, **options):
 
 
 def check_args(args):
-    """Raise UserError for a value that cannot work."""
+    """Raise UserError for a value that cannot work; name the authors' alpha for online runs."""
     common.check_flags(args, may_be_zero="task seed offline_steps online_steps rho")
     if args.rho > 0 and args.q_agg == "min":
         raise common.UserError(f"--rho {args.rho}: needs --q-agg mean")
@@ -707,6 +707,10 @@ def check_args(args):
         raise common.UserError(f"--sparse: is for scene and puzzle, not for --env {args.env}")
     if args.online_steps > 0 and args.env.startswith("visual-"):
         raise common.UserError(f"--online-steps {args.online_steps}: not on pixels, offline only")
+    for name_start, alpha in ONLINE_ALPHA.items():
+        if args.online_steps > 0 and args.env.startswith(name_start) and args.alpha != alpha:
+            hint = f"the authors use {alpha} if a run goes online, in both phases"
+            print(f"--alpha {args.alpha}: {hint}")
 
 
 def main():
@@ -731,10 +735,6 @@ def main():
         raise common.UserError(f"--horizon {args.horizon}: longer than the dataset")
     if not any(re.match(names, args.env) for names in SETTINGS):
         print(f"--env {args.env} has no tuned settings: using the defaults")
-    for name_start, alpha in ONLINE_ALPHA.items():
-        if args.online_steps > 0 and args.env.startswith(name_start) and args.alpha != alpha:
-            hint = f"the authors use {alpha} if a run goes online, in both phases"
-            print(f"--alpha {args.alpha}: {hint}")
     with common.start_run(__file__, name, args, description, device) as run:
         train(args, dataset, env, eval_env, run)
 
