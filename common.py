@@ -16,11 +16,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from contextlib import contextmanager
 from datetime import datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,6 +135,7 @@ def stack_frames(env):
 
     An episode begins with three times its first frame.
     """
+    env.observation_space = env.observation_space  # OGBench's own renders whenever it is read
     height, width, channels = env.observation_space.shape
     space = Box(0, 255, (height, width, STACK * channels), np.uint8)
     env = gymnasium.wrappers.FrameStackObservation(env, STACK)
@@ -289,6 +291,8 @@ class Dataset:
 
         if num_transitions == 0:
             return
+        if self.has_frames:
+            raise UserError(f"--online-steps {num_transitions}: not on pixels")
         try:
             for name in self.COLUMNS:  # two rows each: an episode may have a single step
                 setattr(self, name, extend(getattr(self, name), 2 * num_transitions))
@@ -394,6 +398,20 @@ def data_folder():
         raise UserError(f"there is no home directory; {hint}") from None
 
 
+def check_layout(file):
+    """Raise ValueError for arrays (name -> array) that are not in OGBench's compact layout."""
+    names = ", ".join(sorted(file))
+    missing = {"observations", "actions", "terminals"} - set(file)
+    if missing:
+        raise ValueError(f"has no {', '.join(sorted(missing))}, only {names}")
+    for name in ("next_observations", "timeouts", "truncations", "dones"):
+        if name in file:  # then the last row of an episode is a transition like the others
+            hint = "an episode must have one more row, with its last observation and terminals 1"
+            raise ValueError(f"has {name}, which OGBench's compact layout has not: {hint}")
+    if file["actions"].dtype.kind != "f":
+        raise ValueError(f"actions are {file['actions'].dtype}, must be floating point")
+
+
 def read_ogbench_file(path, ob_dtype=np.float32):
     """The arrays of a file in OGBench's layout (name -> array), and their source.
 
@@ -403,6 +421,7 @@ def read_ogbench_file(path, ob_dtype=np.float32):
     try:
         zipfile.ZipFile(path).close()  # np.load would say that a non-archive contains pickles
         with np.load(path) as file:
+            check_layout(file)
             given = {name: file[name] for name in ("rewards", "masks") if name in file}
             source = str(file["source"]) if "source" in file else None
         data = ogbench.load_dataset(path, ob_dtype, compact_dataset=True, add_info=True)
@@ -491,10 +510,11 @@ def get_dataset(name, env_id, source="", device="cpu", sparse=False, frames_on_h
     else:
         hosts = (ogbench.utils.DATASET_URL, MIRROR)
         urls = [f"{host}/{name}.npz" for host in hosts]
-        hint = (
-            f"\nput {path.name} into {folder} by hand; name a file or a URL with --dataset; "
-            "or collect one: results/README.md, Tools"
-        )
+        hint = f"\nput {path.name} into {folder} by hand, or name a file or a URL with --dataset"
+        tools = {"antmaze-.*-navigate-v0": "collect_antmaze.py", ".*-play-v0": "collect_play.py"}
+        for names, tool in tools.items():
+            if re.fullmatch(names, name):
+                hint += f"\nor collect one: python results/{tool} {name}"
         make_once(path, lambda: download(urls, path, hint))
     dataset, origin = load_dataset(path, env_id, device, sparse, frames_on_host)
     counts = f"{len(dataset)} transitions, {dataset.num_episodes} episodes"
@@ -568,7 +588,7 @@ def download(urls, path, hint=""):
             with requests.get(url, stream=True, timeout=20) as response:
                 response.raise_for_status()
                 size = int(response.headers.get("Content-Length", 0))
-                bar = tqdm(total=size, unit="B", unit_scale=True, desc=path.name)
+                bar = progress_bar(total=size, unit="B", unit_scale=True, desc=path.name)
                 with open(temporary, "wb") as file, bar:
                     for block in response.iter_content(2**20):
                         bar.update(file.write(block))
@@ -586,10 +606,22 @@ def download(urls, path, hint=""):
     raise UserError("\n  ".join(failures) + hint)
 
 
+def progress_bar(*args, **options):
+    """tqdm(...), with one line per minute if the output is not a terminal."""
+    interval = 1 if sys.stderr.isatty() else 60
+    return tqdm(*args, dynamic_ncols=True, mininterval=interval, maxinterval=interval, **options)
+
+
 def leave_signals_to_main():
-    """In a worker process: Ctrl-C is for the main process, which then ends its workers."""
+    """In a worker process: Ctrl-C is for the main process, with which its workers end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def end_with_main():  # if it was killed; else a worker would fail to return its result
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_main, daemon=True).start()
 
 
 def collect_pointmaze(name, path, num_episodes=300, workers=None, seed=0):
@@ -601,7 +633,8 @@ def collect_pointmaze(name, path, num_episodes=300, workers=None, seed=0):
         workers = len(os.sched_getaffinity(0))  # SLURM may grant a job only some of the cores
     with multiprocessing.Pool(workers, leave_signals_to_main) as pool:
         results = pool.imap(collect_episode, jobs)
-        episodes = list(tqdm(results, f"collecting {name}", num_episodes, unit=" episodes"))
+        bar = progress_bar(results, f"collecting {name}", num_episodes, unit=" episodes")
+        episodes = list(bar)
     data = {}
     for key in episodes[0]:
         data[key] = np.concatenate([episode[key] for episode in episodes])
@@ -705,7 +738,7 @@ def check_compiler(device):
 
 
 def check_env(env, dataset):
-    """Raise UserError unless the environment's spaces fit the training and the data.
+    """Raise UserError unless the environment's spaces and a step fit the training and the data.
 
     Warns where an episode may never end.
     """
@@ -722,6 +755,15 @@ def check_env(env, dataset):
     expected = (env.observation_space.shape, env.action_space.shape)
     if found != expected:
         raise UserError(f"observation, action sizes: {found} in the data, {expected} in the env")
+    try:
+        env.reset(seed=0)
+        obs, reward, _, _, _ = env.step(np.zeros(space.shape, space.dtype))
+        np.asarray(reward).item()
+    except (ValueError, TypeError) as error:
+        raise UserError(f"a step in the environment failed: {error}") from None
+    if np.shape(obs) != env.observation_space.shape or not np.isfinite(obs).all():
+        reason = f"an observation of shape {np.shape(obs)}, or not finite"
+        raise UserError(f"a step in the environment failed: {reason}")
     if not env.has_wrapper_attr("_max_episode_steps"):
         hint = "if episodes can go on forever, use gymnasium.wrappers.TimeLimit"
         print(f"the environment has no time limit; {hint}")
@@ -801,6 +843,14 @@ def git_commit():
     return result.stdout.strip() or None
 
 
+def installed_version(package):
+    """A package's version; None if it has none, as a clone on the PYTHONPATH."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def start_wandb(folder, config, wandb_id=None):
     """A Weights & Biases run; project and entity come from WANDB_PROJECT and WANDB_ENTITY.
 
@@ -864,7 +914,7 @@ class Run:
             commit=git_commit(),
             threads=torch.get_num_threads(),
             python=sys.version.split()[0],
-            versions={package: version(package) for package in packages},
+            versions={package: installed_version(package) for package in packages},
         )
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=resume)
@@ -919,7 +969,12 @@ class Run:
             wandb_id, name = config.get("wandb", (None, ""))
             if name != self.folder.resolve().name:  # a copy of a run is a run of its own
                 wandb_id = None
-            print_changes(config["args"], self.config["args"])
+            before, now = config["args"], self.config["args"]
+            step = checkpoint["step"]
+            old, new = before.get("offline_steps", 0), now.get("offline_steps", 0)
+            if old != new and step > min(old, new):  # config.json would name phases that were not
+                raise UserError(f"--offline-steps {new}: was {old}, and {step} steps are done")
+            print_changes(before, now)
             names = ("script", "commit", "device", "dataset", "threads", "versions")
             print_changes(config, {name: self.config.get(name) for name in names})
         elif len(read_columns(self.folder / "eval.csv").get("step", [])) > 1:
@@ -952,18 +1007,10 @@ class Run:
     def show_progress(self, step, total, unit):
         """Show a progress bar of `total` units (updates, say), of which `step` are done.
 
-        One line per minute if the output is not a terminal. Starts the clock.
+        Starts the clock.
         """
         self.start_clock(step)
-        interval = 1 if sys.stderr.isatty() else 60
-        self.bar = tqdm(
-            total=total,
-            initial=step,
-            unit=f" {unit}",
-            dynamic_ncols=True,
-            mininterval=interval,
-            maxinterval=interval,
-        )
+        self.bar = progress_bar(total=total, initial=step, unit=f" {unit}")
 
     def log(self, name, row):
         """Append a row (column -> number, `step` first) to the CSV file `name`.
@@ -1011,8 +1058,8 @@ class Run:
                 hint = "start a new run with a lower learning rate"
                 raise Diverged(f"step {state['step']}: {name} is not finite; {hint}")
         with disk_errors(self.folder):
-            for path in self.folder.glob("*.csv"):  # rows reach the disk before the checkpoint
-                with open(path) as file:
+            for name in self.columns:  # the rows reach the disk before the checkpoint
+                with open(self.folder / name, "a") as file:
                     os.fsync(file.fileno())
         write_config(self.folder, self.config)
         self.same_settings = ""

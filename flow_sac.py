@@ -24,6 +24,8 @@ only the second kind. In both phases the policy's loss has a behaviour term, bet
 (a - a_data)^2, and, unlike the authors', no entropy term: the noise is fixed, so log pi is nearly
 constant, and in the TD target it would reward or punish every step until the task is solved.
 
+The equations are the paper's; results/differences.md lists where the authors' scripts differ.
+
 Zhang et al.: SAC Flow, ICLR 2026, https://arxiv.org/abs/2509.25756
 Critics without target networks: Bhatt et al., CrossQ, ICLR 2024, https://arxiv.org/abs/1902.05605
 
@@ -752,6 +754,7 @@ def train(args, dataset, env, eval_env, run):
     environments with actions in [-1, 1]. run: common.Run.
     """
     common.check_env(env, dataset)
+    common.check_env(eval_env, dataset)
     device = dataset.actions.device
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else torch would use the first GPU, too
@@ -1029,7 +1032,7 @@ def choose_device(name):
         return torch.device("cpu")
     try:
         device = torch.device("cuda" if name == "auto" else name)
-        torch.ones(1, device=device).add(1).item()
+        torch.ones(1, dtype=torch.float64, device=device).add(1).item()  # Apple's GPUs cannot
         return device
     except Exception as error:  # an old driver or an unsupported card; torch raises many types
         reason = str(error).partition("\n")[0]

@@ -468,6 +468,7 @@ def train(args, dataset, env, eval_env, run):
     actions in [-1, 1]. run: common.Run.
     """
     common.check_env(env, dataset)
+    common.check_env(eval_env, dataset)
     device = dataset.actions.device
     if device.type == "cuda":
         torch.cuda.set_device(device)  # else torch would use the first GPU, too
@@ -675,7 +676,7 @@ def choose_device(name):
         return torch.device("cpu")
     try:
         device = torch.device("cuda" if name == "auto" else name)
-        torch.ones(1, device=device).add(1).item()
+        torch.ones(1, dtype=torch.float64, device=device).add(1).item()  # Apple's GPUs cannot
         return device
     except Exception as error:  # an old driver or an unsupported card; torch raises many types
         reason = str(error).partition("\n")[0]

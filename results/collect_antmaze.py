@@ -21,7 +21,6 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
@@ -112,7 +111,9 @@ def main():
     num_parts = max(1, math.ceil(args.transitions / (PART * (steps - 1))))
     jobs = [(env_id, steps, [args.seed, part]) for part in range(num_parts)]
     with multiprocessing.Pool(num_cores(), common.leave_signals_to_main) as pool:
-        parts = list(tqdm(pool.imap(collect, jobs), args.name, num_parts, unit=" parts"))
+        results = pool.imap(collect, jobs)
+        bar = common.progress_bar(results, args.name, num_parts, unit=" parts")
+        parts = list(bar)
     data = {}
     for key in parts[0]:
         data[key] = np.concatenate([part[key] for part in parts])

@@ -21,7 +21,6 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import common  # noqa: E402
@@ -143,7 +142,8 @@ def main():
     jobs = [(env_id, [args.seed, episode]) for episode in range(args.episodes)]
     with multiprocessing.Pool(num_cores(), common.leave_signals_to_main) as pool:
         results = pool.imap(collect, jobs)
-        episodes = list(tqdm(results, args.name, args.episodes, unit=" episodes"))
+        bar = common.progress_bar(results, args.name, args.episodes, unit=" episodes")
+        episodes = list(bar)
     data = {}
     for name in episodes[0]:
         data[name] = np.concatenate([episode[name] for episode in episodes])

@@ -303,6 +303,11 @@ def test_what_was_appended_can_be_saved_and_appended_elsewhere():
     assert all(torch.equal(again[name][:8], x) for name, x in collected.items())
 
 
+def test_a_package_without_metadata_has_no_version():
+    assert common.installed_version("numpy") == np.__version__
+    assert common.installed_version("no_such_package") is None
+
+
 def test_more_online_steps_than_memory_is_one_line():
     dataset = small_dataset()
     dataset.reserve(0)
@@ -419,9 +424,10 @@ def as_words(array):
 @pytest.mark.parametrize(
     "name, change, words",
     [
-        ("actions", None, "actions is not a file in the archive"),
-        ("terminals", None, "terminals is not a file in the archive"),
-        ("actions", lambda a: (100 * a).astype(np.int64), "must be in [-1, 1]"),
+        ("actions", None, "has no actions, only observations, qpos, qvel, source, terminals"),
+        ("terminals", None, "has no terminals, only actions, observations, qpos, qvel, source"),
+        ("actions", lambda a: 100 * a, "must be in [-1, 1]"),
+        ("actions", lambda a: a.astype(np.int64), "actions are int64, must be floating point"),
         ("qpos", None, "has no 'qpos'"),
         ("actions", lambda a: a[:-5], "actions has the wrong length"),
         ("qpos", lambda a: a[:-5], "qpos has the wrong length"),
@@ -438,7 +444,7 @@ def as_words(array):
         ("qpos", one_nan, "qpos has NaN"),
         ("qpos", lambda a: a.astype(complex), "no real numbers"),
         ("actions", lambda a: a.astype(object), "bject"),
-        ("actions", as_words, "could not convert string to float"),
+        ("actions", as_words, "must be floating point"),
     ],
 )
 def test_an_array_that_is_wrong_is_named(collected, tmp_path, name, change, words):
@@ -449,6 +455,15 @@ def test_an_array_that_is_wrong_is_named(collected, tmp_path, name, change, word
         arrays[name] = change(old)
     np.savez(tmp_path / "wrong.npz", **arrays)
     assert words in load_error(tmp_path / "wrong.npz")
+
+
+@pytest.mark.parametrize("name", ["next_observations", "timeouts"])
+def test_another_layout_is_refused(collected, tmp_path, name):
+    with np.load(collected) as file:
+        arrays = {**file, name: file["observations"]}
+    np.savez(tmp_path / "other.npz", **arrays)
+    words = f"has {name}, which OGBench's compact layout has not: an episode must have one more row"
+    assert words in load_error(tmp_path / "other.npz")
 
 
 @pytest.mark.parametrize("rows, words", [(-1, "no end of an episode in the last row"), (0, "")])

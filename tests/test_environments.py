@@ -60,6 +60,27 @@ class GlobalRandomState(Own):
         return np.array([np.random.rand(), 0, 0], np.float32)
 
 
+class FourResults(Own):
+    def step(self, action):
+        obs, reward, done, _, info = super().step(action)
+        return obs, reward, done, info
+
+
+class TwoRewards(Own):
+    def reward(self):
+        return np.ones(2)
+
+
+class NotANumber(Own):
+    def observe(self):
+        return np.full(3, np.nan if self.steps else 0, np.float32)
+
+
+class OtherShape(Own):
+    def observe(self):
+        return np.zeros((1, 3), np.float32)
+
+
 DATASET = common.Dataset.empty(3, 2)  # sizes of an observation and of an action
 
 
@@ -88,6 +109,10 @@ def check(make_env):
             lambda: Own(observation_space=Box(-1, 1, (4,), np.float32)),
             r"sizes: \(\(3,\), \(2,\)\) in the data, \(\(4,\), \(2,\)\)",
         ),
+        (FourResults, "a step in the environment failed: not enough values"),
+        (TwoRewards, "a step in the environment failed: can only convert an array of size 1"),
+        (NotANumber, r"a step in the environment failed: .* of shape \(3,\), or not finite"),
+        (OtherShape, r"a step in the environment failed: .* of shape \(1, 3\)"),
     ],
 )
 def test_an_environment_that_cannot_be_trained_in_is_one_line(make_env, words):
@@ -101,12 +126,13 @@ def test_an_environment_that_ends_by_itself_or_has_a_wrapper_for_it():
     check(lambda: gymnasium.wrappers.TimeLimit(Own(time_limit=None), 7))
 
 
-def test_train_checks_the_environment_first():
+@pytest.mark.parametrize("script", [qflow, flow_sac])
+def test_train_checks_both_environments_first(script):
     run = Mock()
-    for script in (qflow, flow_sac):
-        with pytest.raises(common.UserError, match="the action space is Discrete"):
-            env = Own(action_space=Discrete(4))
-            script.train(script.Args(), DATASET, env, Own(), run)
+    bad = Own(action_space=Box(-2, 2, (2,), np.float32))
+    for env, eval_env in ((bad, Own()), (Own(), bad)):
+        with pytest.raises(common.UserError, match="from -1 to 1: see .*RescaleAction"):
+            script.train(script.Args(), DATASET, env, eval_env, run)
     assert run.mock_calls == []
 
 
@@ -240,7 +266,7 @@ def test_devices(monkeypatch):
         assert "\n" not in str(error.value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     ones = torch.ones
-    monkeypatch.setattr(torch, "ones", lambda n, device: ones(n))  # a GPU that works
+    monkeypatch.setattr(torch, "ones", lambda n, dtype, device: ones(n))  # a GPU that works
     for name, device in (("auto", "cuda"), ("cuda", "cuda"), ("cuda:1", "cuda:1")):
         assert qflow.choose_device(name) == torch.device(device)
     assert qflow.choose_device("cpu") == torch.device("cpu")

@@ -156,6 +156,36 @@ def test_the_environment_stacks_as_the_dataset_does():
     assert np.array_equal(dataset.observe(torch.arange(18)), np.stack(seen))
 
 
+class SpaceThatRenders(Counter):
+    """As OGBench's robot arms: the space is computed from an observation."""
+
+    reads = 0
+    observation_space = property(lambda self: self.render_once(), lambda self, space: None)
+
+    def render_once(self):
+        self.reads += 1
+        return Box(0, 255, (8, 8, 3), np.uint8)
+
+    def frame(self):
+        return np.zeros((8, 8, 3), np.uint8)
+
+
+def test_stacking_renders_no_frame_of_its_own():
+    env = SpaceThatRenders()
+    stacked = common.stack_frames(gymnasium.Wrapper(env))
+    reads = env.reads
+    stacked.reset()
+    stacked.step(np.zeros(2, np.float32))
+    assert env.reads == reads
+
+
+def test_what_is_collected_cannot_be_added_to_frames():
+    dataset = make_dataset([([np.zeros((8, 8, 3), np.uint8)] * 3, [np.zeros(2)] * 2)])
+    dataset.reserve(0)
+    with pytest.raises(common.UserError, match="--online-steps 5: not on pixels"):
+        dataset.reserve(5)
+
+
 # ------------------------------------------------------------------------------------ augmentation
 
 

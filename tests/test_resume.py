@@ -286,6 +286,18 @@ def test_settings_of_a_resumed_run_may_be_changed(call, copy_of, whole, capsys):
     assert "changed: " not in printed and "mean of the last 3 evaluations: success" in printed
 
 
+@pytest.mark.parametrize("script", MODULES)
+def test_a_phase_that_is_over_keeps_its_length(script, call, copy_of):
+    folder = copy_of(script)  # 40 offline steps are done
+    with pytest.raises(common.UserError, match="--offline-steps 30: was 40, and 40 steps are done"):
+        call(script, "--resume", folder, "--offline-steps", 30, "--online-steps", 30)
+    call(script, "--resume", folder, "--online-steps", 30)
+    for steps in (30, 60):
+        with pytest.raises(common.UserError, match=f"{steps}: was 40, and 70 steps are done"):
+            call(script, "--resume", folder, "--offline-steps", steps)
+    assert settings(folder)["offline_steps"] == 40
+
+
 @pytest.mark.parametrize(
     "script, flags, name",
     [
@@ -480,6 +492,41 @@ def test_killed_again_and_again_it_computes_the_same(script, signals, data, tmp_
     _, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     assert_same_run(folder, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_killed_online_it_keeps_what_its_checkpoint_has(data, tmp_path):
+    folder = tmp_path / "run"
+    flags = [*FLAGS["qflow"], *ONLINE, *"--online-steps 100 --eval-interval 30".split()]
+    process = start(data, "qflow", *flags, "--eval-episodes", 1, "--start-or-resume", folder)
+    while process.poll() is None:
+        if (folder / "checkpoint.pt").exists() and common.read_checkpoint(folder)["step"] >= 30:
+            break
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=100)
+    before = common.read_checkpoint(folder)
+    assert 30 <= before["step"] < 110
+    process = start(data, "qflow", "--resume", folder)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    after = common.read_checkpoint(folder)
+    assert after["step"] == 110 and after["collected"]["valids"].sum() == 100
+    for name, tensor in before["collected"].items():
+        assert torch.equal(after["collected"][name][: len(tensor)], tensor), name
+
+
+@pytest.mark.slow
+def test_killed_while_it_collects_its_workers_end_in_silence(tmp_path):
+    process = start(tmp_path, "qflow", "--env", NAME, "--run-dir", tmp_path / "runs")
+    workers = f"/proc/{process.pid}/task/{process.pid}/children"
+    while not (pids := Path(workers).read_text().split()):
+        time.sleep(0.05)
+    time.sleep(1)
+    process.kill()
+    _, err = process.communicate(timeout=20)  # which waits for the workers, too
+    assert "Traceback" not in err
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 @pytest.mark.slow

@@ -159,7 +159,7 @@ def test_another_alpha_of_online_runs_is_named(flags, warning, tmp_path, monkeyp
     monkeypatch.setattr(common, "get_dataset", lambda *args, **kwargs: (range(9), "no data"))
     monkeypatch.setattr(fql, "train", lambda *args: None)
     start_here(monkeypatch, fql, *flags.split(), "--device", "cpu", "--run-dir", tmp_path)
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().err
     assert ("the authors use" in printed) == (warning != "")
     assert warning in printed
 
