@@ -10,11 +10,11 @@ is named after them and a hash of the flags after --. Its command is `python SCR
 finished. So a killed job loses only the work since its last checkpoint, and repeating the sweep's
 command runs what is missing.
 
-With Ray, all machines must share RUN_DIR. A job that was killed, or whose machine died, is retried.
-For a job that failed, the sweep prints the last line of its output; output.txt in its folder has
-the rest. The sweep ends with the table of table.py, which is also written to RUN_DIR/table.csv. To
-use several machines, start Ray before the sweep, and set environment variables such as WANDB_*
-before starting Ray:
+With Ray, all machines must share RUN_DIR and the directory in which the sweep is started. A job
+that was killed, or whose machine died, is retried. For a job that failed, the sweep prints the last
+line of its output; output.txt in its folder has the rest. The sweep ends with the table of
+table.py, which is also written to RUN_DIR/table.csv. To use several machines, start Ray before the
+sweep, and set environment variables such as WANDB_* before starting Ray:
 
     ray get-auth-token --generate                                 # once
     RAY_AUTH_MODE=token ray start --head                          # where the sweep is started
@@ -52,7 +52,6 @@ from pathlib import Path
 
 import torch
 import tyro
-from tqdm import tqdm
 
 try:
     import ray
@@ -84,7 +83,7 @@ class Args:
     cpus: float = 1.0
     """cores per job; the number of torch threads is this, rounded down, but at least 1"""
     gpus: float | None = None
-    """with Ray: GPUs per job (0.25: four share one); default: 1 if Ray finds any, else 0"""
+    """with Ray: GPUs per job (0.25: four share one; 0: CPU); default: 1 if Ray finds any, else 0"""
     run_dir: Path = Path("runs/sweep")
     """where the folders of the jobs are"""
     print: bool = False
@@ -241,8 +240,8 @@ def steps_done(jobs):
 # ------------------------------------------------------------------------------------------ Ray
 
 
-def run_job(command, environment, folder):
-    """Runs a job in a worker of Ray; returns the reason if it failed, else "".
+def run_job(command, environment, folder, directory):
+    """Runs a job in a worker of Ray, in `directory`; returns the reason if it failed, else "".
 
     Raises ChildProcessError if it was preempted: Ray then calls this again.
     """
@@ -254,6 +253,7 @@ def run_job(command, environment, folder):
     with open(output, "ab") as file:
         result = subprocess.run(
             command,
+            cwd=directory,  # of the sweep: a worker has another one, and paths may be relative
             env={**os.environ, **always, **environment},
             stdin=subprocess.DEVNULL,
             stdout=file,
@@ -294,6 +294,13 @@ def start_ray():
     return [machine["Resources"] for machine in ray.nodes() if machine["Alive"]]
 
 
+def last_words(folder):
+    """A finished job's line with its score, without what Weights & Biases prints after it."""
+    lines = (folder / "output.txt").read_text(errors="replace").splitlines()
+    found = [line for line in lines if line.startswith("finished")]
+    return found[-1] if found else "finished"
+
+
 def run_with_ray(jobs, args):
     """Run jobs; returns those that failed, folder -> reason. Raises UserError.
 
@@ -310,16 +317,12 @@ def run_with_ray(jobs, args):
     environment = dict(OMP_NUM_THREADS=str(num_threads(args)))
     if gpus == 0:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides only those of other jobs
-    pending = {run.remote(job.command, environment, job.folder): job for job in jobs}
+    pending = {}
+    for job in jobs:
+        pending[run.remote(job.command, environment, job.folder, Path.cwd())] = job
     failed = {}
-    interval = 1 if sys.stderr.isatty() else 60
-    bar = tqdm(
-        total=sum(job.last_step for job in jobs),
-        initial=steps_done(jobs),
-        unit=" steps",
-        dynamic_ncols=True,
-        mininterval=interval,
-        maxinterval=interval,
+    bar = common.progress_bar(
+        total=sum(job.last_step for job in jobs), initial=steps_done(jobs), unit=" steps"
     )
     try:
         while pending:
@@ -336,7 +339,8 @@ def run_with_ray(jobs, args):
                     failed[folder] = reason
                     bar.write(f"failed    {folder.name}: {reason}")
                 else:
-                    bar.write(f"finished  {folder.name}")
+                    bar.write(f"{folder.name}: {last_words(folder)}")
+            bar.set_postfix_str(f"{len(pending)} jobs left, {len(failed)} failed", refresh=False)
             bar.update(steps_done(jobs) - bar.n)
         return failed
     finally:

@@ -92,6 +92,12 @@ def test_a_job_for_each_script_environment_task_and_seed(sweep_prints, tmp_path)
     assert sweep_prints(*flags) == commands
 
 
+def test_nothing_but_commands_is_printed(sweep_prints, tmp_path):
+    flags = ["--scripts", SCRIPTS[1], "--envs", "antsoccer-arena-navigate-v0", "--seeds", 0, 1]
+    lines = sweep_prints(*flags, "--run-dir", tmp_path, "--", "--online-steps", 9)
+    assert [line.split("=")[0] for line in lines] == ["OMP_NUM_THREADS"] * 2
+
+
 def test_an_environment_without_dataset(sweep_jobs, tmp_path):
     script = ROOT / "flow_sac.py"
     (job,) = sweep_jobs(
@@ -266,13 +272,13 @@ def test_the_commands_with_xargs_one_of_them_killed(
 
 def run_job(code, folder):
     """What sweep.run_job returns for a job of this Python code."""
-    return sweep.run_job([sys.executable, "-c", code], dict(A="3"), folder)
+    return sweep.run_job([sys.executable, "-c", code], dict(A="3"), folder, "/")
 
 
 @pytest.mark.parametrize(
     "code, reason",
     [
-        ("import os; print(os.environ['A'])", ""),
+        ("import os; print(os.environ['A'] + os.getcwd())", ""),
         ("import sys; print('one'); print('a reason', file=sys.stderr); sys.exit(2)", "a reason"),
         ("import sys; print('one\\n\\ntwo\\n'); sys.exit(2)", "two"),
         ("import sys; sys.exit(3)", "exit status 3"),
@@ -284,7 +290,7 @@ def test_how_a_job_ends(code, reason, tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     assert run_job(code, tmp_path / "job") == reason
     if not reason:
-        assert (tmp_path / "job/output.txt").read_text() == "3\n"
+        assert (tmp_path / "job/output.txt").read_text() == "3/\n"
 
 
 @pytest.mark.parametrize(
@@ -293,6 +299,13 @@ def test_how_a_job_ends(code, reason, tmp_path, monkeypatch):
 def test_a_killed_job_is_not_a_failed_one(end, tmp_path):
     with pytest.raises(ChildProcessError, match="killed"):
         run_job(f"import os; {end}", tmp_path)
+
+
+def test_the_score_of_a_finished_job_is_its_own_line(tmp_path):
+    run_job("print('finished; mean of 1: success 0.5'); print('wandb: goodbye')", tmp_path)
+    assert sweep.last_words(tmp_path) == "finished; mean of 1: success 0.5"
+    (tmp_path / "output.txt").write_text("")
+    assert sweep.last_words(tmp_path) == "finished"
 
 
 @pytest.mark.slow
@@ -305,7 +318,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT / "results")!r})
 import sweep
-sweep.run_job([sys.executable, "-c", {job!r}], dict(), Path({str(tmp_path)!r}))
+sweep.run_job([sys.executable, "-c", {job!r}], dict(), Path({str(tmp_path)!r}), None)
 """
     process = subprocess.Popen([sys.executable, "-c", worker])
     while not (output.exists() and output.read_text()) and process.poll() is None:
