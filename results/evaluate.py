@@ -132,6 +132,7 @@ def main():
     environment = script
     if "environment" in config:  # of minari_data.py
         environment = import_script(config["environment"])
+        environment.add_normalized_score(script, environment.load_data(args.env))
         print(config["dataset"])
     # MUJOCO_GL chooses a renderer when MuJoCo is imported, even if nothing is rendered.
     with rendering_errors() if cli.video else nullcontext():

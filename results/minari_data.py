@@ -16,7 +16,9 @@ mujoco==3.3.7.
   observation). The achieved goal is needed: AntMaze's `observation` lacks the ant's position.
 - Actions: from the environment's box to [-1, 1]; numbers outside are clipped.
 - Masks are 1 - terminations. Where an episode is truncated, the critic bootstraps.
-- The environment is the dataset's own for evaluation, with its time limit.
+- The environment is the dataset's own for evaluation, with its time limit. That of
+  D4RL/antmaze/umaze and -diverse is the mirror image of the data's maze (Minari's issue 304), so
+  here it gets the maze of the data.
 - Success: whether the environment reported success at any step of the episode.
 - eval.csv has normalized_score (Minari's: 0 is a random policy, 1 an expert) where the dataset has
   the reference returns.
@@ -75,8 +77,8 @@ FQL = {
     "D4RL/relocate/": dict(alpha=30_000.0),
     "D4RL/relocate/human": dict(alpha=10_000.0),
 }
-FQL_ONLINE = {  # published for the antmazes and for cloned data
-    "D4RL/(antmaze|pen|door|hammer|relocate)/": dict(
+FQL_ONLINE = {
+    "D4RL/(antmaze|(pen|door|hammer|relocate)/cloned)": dict(
         offline_steps=1_000_000, online_steps=1_000_000
     ),
     "D4RL/(pen|door|hammer)/cloned": dict(alpha=1_000.0),
@@ -94,6 +96,15 @@ QFLOW = {
     "D4RL/antmaze/medium": dict(lam=0.5),
 }
 QFLOW_ONLINE = {"D4RL/antmaze/": dict(online_steps=200_000)}
+
+# The maze of the data of D4RL/antmaze/umaze-v2, with start and goal.
+UMAZE = [
+    [1, 1, 1, 1, 1],
+    [1, "g", 0, 0, 1],
+    [1, 1, 1, 0, 1],
+    [1, "r", 0, 0, 1],
+    [1, 1, 1, 1, 1],
+]
 
 
 def settings(script, online):
@@ -129,6 +140,8 @@ def load_data(dataset_id):
         reason = str(error).partition("\n")[0]
         folder = minari.storage.datasets_root_dir.get_dataset_path()
         hint = f"not found in {folder}, and the download failed"
+        if (folder / dataset_id / "data").exists():
+            hint = f"cannot be read from {folder}"
         raise common.UserError(f"{dataset_id}: {hint}: {reason}") from None
 
 
@@ -177,6 +190,8 @@ def to_dataset(data, env, device="cpu"):
     description = f"{len(dataset)} transitions, {dataset.num_episodes} episodes of Minari"
     if num_outside > 0:
         description += f", {num_outside} actions clipped to the environment's box"
+    if data.id.startswith("D4RL/antmaze/umaze"):
+        description += "; evaluated in the maze of the data, Minari's mirrored"
     if data.id.startswith("D4RL/"):
         description += f"; {NOTE}"
     return dataset, description
@@ -203,13 +218,14 @@ class Success(gymnasium.Wrapper):
 
 def recover_environment(data, **options):
     """The dataset's environment for evaluation; options: of gymnasium.make. Raises UserError."""
+    if data.id.startswith("D4RL/antmaze/umaze"):
+        options = dict(options, maze_map=UMAZE)
     try:
         env = data.recover_environment(eval_env=True, **options)
-    except AssertionError:  # raised by gymnasium-robotics' Fetch, Shadow hand and kitchen
-        hint = "MuJoCo is too new for it: pip install mujoco==3.3.7"
-        raise common.UserError(f"{data.id}: its environment cannot be made: {hint}") from None
     except Exception as error:  # a missing package, for example
         reason = str(error).partition("\n")[0]
+        if isinstance(error, AssertionError):  # of gymnasium-robotics' Fetch, hand and kitchen
+            reason += "; if MuJoCo is too new for it: pip install mujoco==3.3.7"
         raise common.UserError(f"{data.id}: its environment cannot be made: {reason}") from None
     space = env.action_space
     if not isinstance(space, Box) or not space.is_bounded() or (space.low == space.high).any():
@@ -231,9 +247,14 @@ def make_env(args, **options):
 
 
 def add_normalized_score(script, data):
-    """Let the script's `evaluate` also return Minari's normalized score of each episode."""
+    """Let the script's `evaluate` also return Minari's normalized score of each episode.
+
+    Returns whether the dataset has the reference returns that this needs.
+    """
     import minari
 
+    if data.storage.metadata.get("ref_max_score") is None:
+        return False
     script_evaluate = script.evaluate
 
     def evaluate(policy, env, num_episodes, seed):
@@ -242,6 +263,7 @@ def add_normalized_score(script, data):
         return results
 
     script.evaluate = evaluate
+    return True
 
 
 def main():
@@ -258,9 +280,7 @@ def main():
         reason = f"{cli.script} has no settings for {args.env}, or the run to resume has its own"
         raise common.UserError(f"--online: {reason}; give --online-steps behind --")
     data = load_data(args.env)
-    has_score = data.storage.metadata.get("ref_max_score") is not None
-    if has_score:
-        add_normalized_score(script, data)
+    has_score = add_normalized_score(script, data)
     if not any(re.match(names, args.env) for names in script.SETTINGS):
         print(f"{args.env} has no tuned settings: using the script's defaults")
 
@@ -276,7 +296,8 @@ def main():
     env = TransformReward(make_env(args), lambda reward: training_reward(args.env, reward))
     eval_env = make_env(args)
     with common.start_run(script.__file__, args.env, args, description, device) as run:
-        run.config["environment"] = Path(__file__).name  # evaluate.py calls its make_env
+        run.config["environment"] = Path(__file__).name  # evaluate.py calls its functions
+        run.how_to_resume = f"resume with this command and, after --, --resume {run.folder}"
         script.train(args, dataset, env, eval_env, run)
         if has_score:
             scores = common.read_columns(run.folder / "eval.csv")["normalized_score"]

@@ -62,7 +62,10 @@ def folder(tmp_path_factory):
         hand = make("AdroitHandPen-v1", max_episode_steps=12)
         collect(hand, "D4RL/pen/human-v9", ref_min_score=-5.0, ref_max_score=15.0, eval_env=hand)
         ant = make("AntMaze_UMaze-v4", max_episode_steps=12)
-        collect(ant, "D4RL/antmaze/umaze-v9", episodes=2)
+        mirrored = [[1, 1, 1, 1, 1], [1, 0, 0, "r", 1], [1, 0, 1, 1, 1]]
+        mirrored += [[1, 0, 0, "g", 1], [1, 1, 1, 1, 1]]  # as Minari's is
+        eval_ant = make("AntMaze_UMaze-v4", maze_map=mirrored, max_episode_steps=12)
+        collect(ant, "D4RL/antmaze/umaze-v9", episodes=2, eval_env=eval_ant)
         collect(make("CartPole-v1"), "CartPole/random-v0", episodes=1)
     return folder
 
@@ -186,6 +189,22 @@ def test_the_environment_is_that_of_evaluation_with_its_time_limit():
     env = minari_data.make_env(fql.Args(env="maze/random-v0"))
     assert env.unwrapped.maze.maze_map[1] == [1, "g", "r", 1]
     assert env.spec.max_episode_steps == 9
+
+
+def test_the_umaze_is_that_of_the_data():
+    _, env, _, description = convert("D4RL/antmaze/umaze-v9")
+    of_data = gymnasium.make("AntMaze_UMaze-v4").unwrapped.maze.maze_map
+
+    def walls(maze_map):
+        return [[cell == 1 for cell in row] for row in maze_map]
+
+    assert walls(env.unwrapped.maze.maze_map) == walls(of_data)
+    assert "in the maze of the data, Minari's mirrored; scores are not comparable" in description
+    (start,), (goal,) = (
+        env.unwrapped.maze.unique_reset_locations,
+        env.unwrapped.maze.unique_goal_locations,
+    )
+    assert start[1] < goal[1]  # from below to above
 
 
 class Renamed(gymnasium.Wrapper):
@@ -368,7 +387,7 @@ def test_datasets_that_cannot_be_used(call, dataset_id, message):
         (dict(max_episode_steps=None), "environment has no time limit"),
         (
             dict(entry_point="gymnasium_robotics.envs.fetch.reach:MujocoFetchReachEnv", kwargs={}),
-            "cannot be made: MuJoCo is too new for it: pip install mujoco==3",
+            "cannot be made: .*; if MuJoCo is too new for it: pip install mujoco==3",
         ),
         (
             dict(entry_point="gymnasium_robotics.envs.maze.point_maze:PointMazeEnv", kwargs={}),
