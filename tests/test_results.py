@@ -153,7 +153,7 @@ def data(tmp_path_factory):
 
 @pytest.mark.slow
 def test_bptt_trains_through_fqls_own_loop_under_its_own_name(tmp_path, monkeypatch, data):
-    for name in ("Networks", "total_loss", "__file__", "__doc__"):
+    for name in ("Networks", "total_loss", "ONLINE_ALPHA", "__file__", "__doc__"):
         monkeypatch.setattr(fql, name, getattr(fql, name))  # to restore what bptt replaces
     flags = f"""--dataset {data} --hidden 8 8 --batch-size 16 --offline-steps 5 --eval-episodes 1
         --log-interval 5 --run-dir {tmp_path / "runs"} --alpha 2"""
