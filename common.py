@@ -407,7 +407,7 @@ def check_layout(file):
     for name in ("next_observations", "timeouts", "truncations", "dones"):
         if name in file:  # then the last row of an episode is a transition like the others
             hint = "an episode must have one more row, with its last observation and terminals 1"
-            raise ValueError(f"has {name}, which OGBench's compact layout has not: {hint}")
+            raise ValueError(f"has {name}, unlike OGBench's compact layout: {hint}")
     if file["actions"].dtype.kind != "f":
         raise ValueError(f"actions are {file['actions'].dtype}, must be floating point")
 
@@ -514,7 +514,7 @@ def get_dataset(name, env_id, source="", device="cpu", sparse=False, frames_on_h
         tools = {"antmaze-.*-navigate-v0": "collect_antmaze.py", ".*-play-v0": "collect_play.py"}
         for names, tool in tools.items():
             if re.fullmatch(names, name):
-                hint += f"\nor collect one: python results/{tool} {name}"
+                hint += f"\nor python results/{tool} {name}, then --dataset {name}.npz"
         make_once(path, lambda: download(urls, path, hint))
     dataset, origin = load_dataset(path, env_id, device, sparse, frames_on_host)
     counts = f"{len(dataset)} transitions, {dataset.num_episodes} episodes"
@@ -585,7 +585,7 @@ def download(urls, path, hint=""):
         if failures:
             print(f"{failures[-1]}; trying {url}")
         try:
-            with requests.get(url, stream=True, timeout=20) as response:
+            with requests.get(url, stream=True, timeout=(3, 10)) as response:
                 response.raise_for_status()
                 size = int(response.headers.get("Content-Length", 0))
                 bar = progress_bar(total=size, unit="B", unit_scale=True, desc=path.name)
@@ -617,7 +617,7 @@ def leave_signals_to_main():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    def end_with_main():  # if it was killed; else a worker would fail to return its result
+    def end_with_main():  # if it was killed: returning a result to it would be a traceback
         multiprocessing.parent_process().join()
         os._exit(1)
 
@@ -740,7 +740,7 @@ def check_compiler(device):
 def check_env(env, dataset):
     """Raise UserError unless the environment's spaces and a step fit the training and the data.
 
-    Warns where an episode may never end.
+    Resets the environment and takes one step. Warns where an episode may never end.
     """
     for kind, space in (("observation", env.observation_space), ("action", env.action_space)):
         ndim = 3 if kind == "observation" and dataset.has_frames else 1
@@ -755,15 +755,19 @@ def check_env(env, dataset):
     expected = (env.observation_space.shape, env.action_space.shape)
     if found != expected:
         raise UserError(f"observation, action sizes: {found} in the data, {expected} in the env")
+    env.reset(seed=0)
+    results = env.step(np.zeros(space.shape, space.dtype))
     try:
-        env.reset(seed=0)
-        obs, reward, _, _, _ = env.step(np.zeros(space.shape, space.dtype))
+        obs, reward, _, _, _ = results
         np.asarray(reward).item()
     except (ValueError, TypeError) as error:
-        raise UserError(f"a step in the environment failed: {error}") from None
-    if np.shape(obs) != env.observation_space.shape or not np.isfinite(obs).all():
-        reason = f"an observation of shape {np.shape(obs)}, or not finite"
-        raise UserError(f"a step in the environment failed: {reason}")
+        words = "the environment's step does not return what Gymnasium's do"
+        raise UserError(f"{words}: {error}") from None
+    if np.shape(obs) != env.observation_space.shape:
+        shapes = f"of shape {np.shape(obs)}, its space has {env.observation_space.shape}"
+        raise UserError(f"the environment's observation is {shapes}")
+    if not np.isfinite(obs).all():
+        raise UserError("the environment's observation is not finite")
     if not env.has_wrapper_attr("_max_episode_steps"):
         hint = "if episodes can go on forever, use gymnasium.wrappers.TimeLimit"
         print(f"the environment has no time limit; {hint}")
@@ -972,7 +976,7 @@ class Run:
             before, now = config["args"], self.config["args"]
             step = checkpoint["step"]
             old, new = before.get("offline_steps", 0), now.get("offline_steps", 0)
-            if old != new and step > min(old, new):  # config.json would name phases that were not
+            if old != new and step > min(old, new):  # config.json would describe other phases
                 raise UserError(f"--offline-steps {new}: was {old}, and {step} steps are done")
             print_changes(before, now)
             names = ("script", "commit", "device", "dataset", "threads", "versions")

@@ -24,7 +24,8 @@ only the second kind. In both phases the policy's loss has a behaviour term, bet
 (a - a_data)^2, and, unlike the authors', no entropy term: the noise is fixed, so log pi is nearly
 constant, and in the TD target it would reward or punish every step until the task is solved.
 
-The equations are the paper's; results/differences.md lists where the authors' scripts differ.
+From scratch, the equations are the paper's; results/differences.md lists where the authors' scripts
+differ from them.
 
 Zhang et al.: SAC Flow, ICLR 2026, https://arxiv.org/abs/2509.25756
 Critics without target networks: Bhatt et al., CrossQ, ICLR 2024, https://arxiv.org/abs/1902.05605
@@ -1032,7 +1033,8 @@ def choose_device(name):
         return torch.device("cpu")
     try:
         device = torch.device("cuda" if name == "auto" else name)
-        torch.ones(1, dtype=torch.float64, device=device).add(1).item()  # Apple's GPUs cannot
+        # float64, in which common.Dataset counts and which Apple's GPUs lack
+        torch.ones(1, dtype=torch.float64, device=device).add(1).item()
         return device
     except Exception as error:  # an old driver or an unsupported card; torch raises many types
         reason = str(error).partition("\n")[0]

@@ -123,7 +123,7 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "high"
     """high: TF32 on CUDA, float32 on CPUs; medium: may use bfloat16, faster on some AMD CPUs"""
     device_data: Literal["device", "cpu"] = "device"
-    """pixels: frames on the device (12.3 GB a million) or in pinned memory (17.2; at first 29.5)"""
+    """pixels: frames on the device (12.3 GB a million) or in host memory (17.2; 29.5 to load)"""
 
 
 # Defaults per environment, from the paper (pointmaze: our own, small enough for a laptop). Keys are
@@ -814,7 +814,8 @@ def choose_device(name):
         return torch.device("cpu")
     try:
         device = torch.device("cuda" if name == "auto" else name)
-        torch.ones(1, dtype=torch.float64, device=device).add(1).item()  # Apple's GPUs cannot
+        # float64, in which common.Dataset counts and which Apple's GPUs lack
+        torch.ones(1, dtype=torch.float64, device=device).add(1).item()
         return device
     except Exception as error:  # an old driver or an unsupported card; torch raises many types
         reason = str(error).partition("\n")[0]

@@ -676,7 +676,8 @@ def choose_device(name):
         return torch.device("cpu")
     try:
         device = torch.device("cuda" if name == "auto" else name)
-        torch.ones(1, dtype=torch.float64, device=device).add(1).item()  # Apple's GPUs cannot
+        # float64, in which common.Dataset counts and which Apple's GPUs lack
+        torch.ones(1, dtype=torch.float64, device=device).add(1).item()
         return device
     except Exception as error:  # an old driver or an unsupported card; torch raises many types
         reason = str(error).partition("\n")[0]

@@ -161,7 +161,7 @@ def read_success(folder):
     points = {}
     for step, rate in success.items():
         low, high = wilson(rate, episodes[step])
-        points[step] = (100 * rate, 100 * low, 100 * high)
+        points[step] = (round(100 * rate, 6), 100 * low, 100 * high)  # 28, not 28.000000000000004
     return points
 
 
@@ -230,7 +230,7 @@ def compare(folders, out, published, task, method):
     print(f"| task | published | step | mean | {band} | run | success | 95% | in the band |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for number, (name, runs) in enumerate(sorted(panels.items()), start=1):
-        published_here = {key: curves[name, key] for key in method}
+        published_here = {key: curves[name, key] for key in method if (name, key) in curves}
         draw_panel(figure.add_subplot(rows, columns, number), name, published_here, runs, band)
         print_comparison(name, published_here, runs)
     save(figure, out)

@@ -191,7 +191,7 @@ def to_dataset(data, env, device="cpu"):
     if num_outside > 0:
         description += f", {num_outside} actions clipped to the environment's box"
     if data.id.startswith("D4RL/antmaze/umaze"):
-        description += "; evaluated in the maze of the data, Minari's mirrored"
+        description += "; evaluated in the maze of the data, Minari's is its mirror image"
     if data.id.startswith("D4RL/"):
         description += f"; {NOTE}"
     return dataset, description
@@ -223,7 +223,7 @@ def recover_environment(data, **options):
     try:
         env = data.recover_environment(eval_env=True, **options)
     except Exception as error:  # a missing package, for example
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, AssertionError):  # of gymnasium-robotics' Fetch, hand and kitchen
             reason += "; if MuJoCo is too new for it: pip install mujoco==3.3.7"
         raise common.UserError(f"{data.id}: its environment cannot be made: {reason}") from None
@@ -297,7 +297,9 @@ def main():
     eval_env = make_env(args)
     with common.start_run(script.__file__, args.env, args, description, device) as run:
         run.config["environment"] = Path(__file__).name  # evaluate.py calls its functions
-        run.how_to_resume = f"resume with this command and, after --, --resume {run.folder}"
+        run.how_to_resume = "repeat this command to resume"
+        if not args.start_or_resume:
+            run.how_to_resume = f"resume with this command and, after --, --resume {run.folder}"
         script.train(args, dataset, env, eval_env, run)
         if has_score:
             scores = common.read_columns(run.folder / "eval.csv")["normalized_score"]

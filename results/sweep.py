@@ -296,7 +296,10 @@ def start_ray():
 
 def last_words(folder):
     """A finished job's line with its score, without what Weights & Biases prints after it."""
-    lines = (folder / "output.txt").read_text(errors="replace").splitlines()
+    try:
+        lines = (folder / "output.txt").read_text(errors="replace").splitlines()
+    except OSError:  # a network's disk does not answer
+        lines = []
     found = [line for line in lines if line.startswith("finished")]
     return found[-1] if found else "finished"
 

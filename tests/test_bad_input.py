@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -278,6 +279,41 @@ def test_files_that_cannot_be_read_say_why(refused):
 def test_a_chunk_longer_than_the_dataset(small_arrays, refused):
     np.savez("small.npz", **small_arrays)
     refused("qflow", "--dataset", "small.npz", "--horizon", 61, says=["--horizon 61: longer"])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damage_is_found_or_does_not_matter(save, small_arrays, tmp_path, monkeypatch):
+    data = as_bytes(save, **small_arrays)
+    path = tmp_path / "small.npz"
+    path.write_bytes(data)
+    env_id = common.resolve_task(NAME)[2]
+    rng = np.random.default_rng(0)
+    num_found = 0
+    with common.gymnasium.make(env_id) as env:
+        monkeypatch.setattr(common, "make_env", lambda env_id: nullcontext(env))
+        whole = vars(common.load_dataset(path, env_id, "cpu")[0])
+        for _ in range(300):
+            a, b, c, d = np.sort(rng.integers(0, len(data), 4))
+            noisy = bytearray(data)
+            for i in rng.integers(0, len(data), rng.integers(1, 9)):
+                noisy[i] = rng.integers(256)
+            cases = [
+                noisy,
+                data[:a],
+                data[:a] + data[b:],  # something is missing
+                data[:b] + data[a:],  # something is repeated
+                data[:a] + data[c:d] + data[b:c] + data[a:b] + data[d:],  # in another order
+            ]
+            path.write_bytes(cases[rng.integers(len(cases))])
+            try:
+                dataset = vars(common.load_dataset(path, env_id, "cpu")[0])
+                assert all(np.array_equal(dataset[name], whole[name]) for name in whole)
+            except common.UserError as error:
+                num_found += 1
+                assert str(path) in str(error) and "\n" not in str(error)
+    assert num_found > 240  # else the damage would be none
 
 
 def test_checkpoints_that_are_damaged_or_something_else(finished, refused):

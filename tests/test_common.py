@@ -462,7 +462,7 @@ def test_another_layout_is_refused(collected, tmp_path, name):
     with np.load(collected) as file:
         arrays = {**file, name: file["observations"]}
     np.savez(tmp_path / "other.npz", **arrays)
-    words = f"has {name}, which OGBench's compact layout has not: an episode must have one more row"
+    words = f"has {name}, unlike OGBench's compact layout: an episode must have one more row"
     assert words in load_error(tmp_path / "other.npz")
 
 

@@ -108,6 +108,27 @@ def test_the_task_may_be_given_as_the_files_or_the_scripts_have_it(call, make_ru
     assert rows == []  # a picture of the published curve alone
 
 
+def test_a_run_on_the_edge_of_the_band_is_inside(call, make_run):
+    run = make_run("edge", 1, {100_000: 0.28})  # 100 * 0.28 is 28.000000000000004
+    _, _, row = call("--published", "qam", "--method", "FQL", run)
+    assert row[4] == "4.0 to 28.0" and row[-1] == "yes"
+
+
+def test_a_method_that_has_not_all_tasks(call, make_run, tmp_path):
+    header, one, two = "task,method,step,mean,lowest,highest", "FQL,100,50,40,60", "OWN,100,9,8,10"
+    path = tmp_path / "own.csv"
+    tasks = [f"puzzle-3x3-play-task{task}" for task in (1, 2)]
+    rows = [header, f"{tasks[0]},{one}", f"{tasks[1]},{one}", f"{tasks[1]},{two}"]
+    path.write_text("\n".join(rows) + "\n")
+    runs = [make_run(f"run{task}", task, {100: 0.5}) for task in (1, 2)]
+    _, _, *found = call("--published", path, "--method", "FQL", "--method", "OWN", *runs)
+    assert [(row[0], row[1]) for row in found] == [
+        (tasks[0], "FQL"),
+        (tasks[1], "FQL"),
+        (tasks[1], "OWN"),
+    ]
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -210,7 +231,7 @@ def test_runs_of_different_seeds_are_one_line(call, make_run, name, label):
 
 
 def test_the_runs_of_the_script(tmp_path, monkeypatch):
-    """Every command, recorded by a `python` that does not run it, has the published setting."""
+    """Every command, recorded by a `python` that does not run it, has the setting of its name."""
     recorder = tmp_path / "bin/python"
     recorder.parent.mkdir()
     recorder.write_text('#!/bin/bash\nprintf "%s\\n" "$*" >> "$RECORD"\n')

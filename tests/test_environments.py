@@ -13,6 +13,7 @@ from gymnasium.spaces import Box, Dict, Discrete
 
 import common
 import flow_sac
+import fql
 import qflow
 
 
@@ -109,10 +110,10 @@ def check(make_env):
             lambda: Own(observation_space=Box(-1, 1, (4,), np.float32)),
             r"sizes: \(\(3,\), \(2,\)\) in the data, \(\(4,\), \(2,\)\)",
         ),
-        (FourResults, "a step in the environment failed: not enough values"),
-        (TwoRewards, "a step in the environment failed: can only convert an array of size 1"),
-        (NotANumber, r"a step in the environment failed: .* of shape \(3,\), or not finite"),
-        (OtherShape, r"a step in the environment failed: .* of shape \(1, 3\)"),
+        (FourResults, "step does not return what Gymnasium's do: not enough values"),
+        (TwoRewards, "step does not return what .*: can only convert an array of size 1"),
+        (NotANumber, "the environment's observation is not finite"),
+        (OtherShape, r"observation is of shape \(1, 3\), its space has \(3,\)"),
     ],
 )
 def test_an_environment_that_cannot_be_trained_in_is_one_line(make_env, words):
@@ -126,7 +127,7 @@ def test_an_environment_that_ends_by_itself_or_has_a_wrapper_for_it():
     check(lambda: gymnasium.wrappers.TimeLimit(Own(time_limit=None), 7))
 
 
-@pytest.mark.parametrize("script", [qflow, flow_sac])
+@pytest.mark.parametrize("script", [qflow, fql, flow_sac])
 def test_train_checks_both_environments_first(script):
     run = Mock()
     bad = Own(action_space=Box(-2, 2, (2,), np.float32))

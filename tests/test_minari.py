@@ -199,7 +199,7 @@ def test_the_umaze_is_that_of_the_data():
         return [[cell == 1 for cell in row] for row in maze_map]
 
     assert walls(env.unwrapped.maze.maze_map) == walls(of_data)
-    assert "in the maze of the data, Minari's mirrored; scores are not comparable" in description
+    assert "Minari's is its mirror image; scores are not comparable" in description
     (start,), (goal,) = (
         env.unwrapped.maze.unique_reset_locations,
         env.unwrapped.maze.unique_goal_locations,
@@ -303,6 +303,19 @@ def test_evaluating_a_run(call, tmp_path, monkeypatch, capsys):
     assert "\nlength 9 (95%: 9 to 9)" in printed
     table.main((tmp_path / "run",))
     assert minari_data.NOTE not in capsys.readouterr().out
+
+
+def test_evaluating_a_run_with_reference_returns(call, tmp_path, monkeypatch, capsys):
+    call("D4RL/pen/human-v9", "fql.py", "--eval-interval", 6)
+    words = ["evaluate.py", str(tmp_path / "run"), "--episodes", "3", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", words)
+    evaluate.main()
+    printed = capsys.readouterr().out
+    result, score = (
+        float(re.search(rf"^{name} (\S+) \(95%", printed, re.M)[1])
+        for name in ("return", "normalized_score")
+    )
+    assert score == pytest.approx((result + 5) / 20, abs=1e-3)
 
 
 @pytest.mark.slow

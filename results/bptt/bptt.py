@@ -107,7 +107,7 @@ def load(folder, device="cpu"):
 def use_in_fql():
     """Make fql.py train this method, under this script's name."""
     fql.Networks = Networks
-    fql.ONLINE_ALPHA = {}  # of another alpha
+    fql.ONLINE_ALPHA = {}  # FQL's alpha, not this method's
     fql.total_loss = total_loss
     fql.__file__ = __file__  # its name is part of a run's folder and config.json
     fql.__doc__ = __doc__  # for --help
