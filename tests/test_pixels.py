@@ -536,6 +536,10 @@ call(fql, *flags.split(), "--offline-steps", "4", "--start-or-resume", "whole")
 call(fql, *flags.split(), "--offline-steps", "2", "--start-or-resume", "half")
 call(fql, *flags.split(), "--offline-steps", "4", "--start-or-resume", "half")
 call(evaluate, "whole", "--episodes", "2", "--device", "cpu", "--video")
+
+maze = fql.make_env(fql.Args(env="visual-antmaze-medium-navigate-v0"))
+assert fql.reset(maze, 0).shape == maze.observation_space.shape == (64, 64, 9)
+maze.step(maze.action_space.sample())
 """
 
 
