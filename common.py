@@ -514,7 +514,7 @@ def get_dataset(name, env_id, source="", device="cpu", sparse=False, frames_on_h
         tools = {"antmaze-.*-navigate-v0": "collect_antmaze.py", ".*-play-v0": "collect_play.py"}
         for names, tool in tools.items():
             if re.fullmatch(names, name):
-                hint += f"\nor python results/{tool} {name}, then --dataset {name}.npz"
+                hint += f"\nor collect it: python results/{tool} {name}, then --dataset {name}.npz"
         make_once(path, lambda: download(urls, path, hint))
     dataset, origin = load_dataset(path, env_id, device, sparse, frames_on_host)
     counts = f"{len(dataset)} transitions, {dataset.num_episodes} episodes"
@@ -585,7 +585,7 @@ def download(urls, path, hint=""):
         if failures:
             print(f"{failures[-1]}; trying {url}")
         try:
-            with requests.get(url, stream=True, timeout=(3, 10)) as response:
+            with requests.get(url, stream=True, timeout=(5, 20)) as response:
                 response.raise_for_status()
                 size = int(response.headers.get("Content-Length", 0))
                 bar = progress_bar(total=size, unit="B", unit_scale=True, desc=path.name)
@@ -761,7 +761,7 @@ def check_env(env, dataset):
         obs, reward, _, _, _ = results
         np.asarray(reward).item()
     except (ValueError, TypeError) as error:
-        words = "the environment's step does not return what Gymnasium's do"
+        words = "step() must return observation, reward (a number), terminated, truncated and info"
         raise UserError(f"{words}: {error}") from None
     if np.shape(obs) != env.observation_space.shape:
         shapes = f"of shape {np.shape(obs)}, its space has {env.observation_space.shape}"

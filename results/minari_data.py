@@ -191,7 +191,7 @@ def to_dataset(data, env, device="cpu"):
     if num_outside > 0:
         description += f", {num_outside} actions clipped to the environment's box"
     if data.id.startswith("D4RL/antmaze/umaze"):
-        description += "; evaluated in the maze of the data, Minari's is its mirror image"
+        description += "; evaluated in the maze of the data; Minari's own is its mirror image"
     if data.id.startswith("D4RL/"):
         description += f"; {NOTE}"
     return dataset, description
@@ -298,7 +298,7 @@ def main():
     with common.start_run(script.__file__, args.env, args, description, device) as run:
         run.config["environment"] = Path(__file__).name  # evaluate.py calls its functions
         run.how_to_resume = "repeat this command to resume"
-        if not args.start_or_resume:
+        if not (args.resume or args.start_or_resume):
             run.how_to_resume = f"resume with this command and, after --, --resume {run.folder}"
         script.train(args, dataset, env, eval_env, run)
         if has_score:

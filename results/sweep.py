@@ -229,7 +229,7 @@ def steps_done(jobs):
     for job in jobs:
         try:
             text = (job.folder / "train.csv").read_text()
-        except OSError:  # there is no such file yet, or a network's disk does not answer
+        except OSError:  # there is no such file yet, or a network disk does not answer
             continue
         lines = text.split("\n")[1:-1]  # what follows the last end of line is being written
         if lines:
@@ -298,7 +298,7 @@ def last_words(folder):
     """A finished job's line with its score, without what Weights & Biases prints after it."""
     try:
         lines = (folder / "output.txt").read_text(errors="replace").splitlines()
-    except OSError:  # a network's disk does not answer
+    except OSError:  # a network disk does not answer
         lines = []
     found = [line for line in lines if line.startswith("finished")]
     return found[-1] if found else "finished"
