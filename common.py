@@ -45,7 +45,7 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """A loss or a weight is not finite: resuming the run would repeat it."""
+    """A loss or a weight is not finite; a resumed run would fail in the same way."""
 
 
 # ---------------------------------------------------------------------------------------- names
@@ -116,8 +116,8 @@ def resolve_task(env, task=0):
 def make_env(env_id, **options):
     """An environment of OGBench; options: as for gymnasium.make. Raises UserError.
 
-    The visual ones need no display: on Linux they render by EGL, unless MUJOCO_GL names another
-    way. MuJoCo reads that variable once, when the first environment imports it.
+    The visual ones need no display: on Linux they use EGL, unless MUJOCO_GL names another renderer.
+    MuJoCo reads that variable once, when the first environment imports it.
     """
     if not env_id.startswith("visual-"):
         return gymnasium.make(env_id, **options)
@@ -133,9 +133,9 @@ def make_env(env_id, **options):
 def stack_frames(env):
     """Observe the last three frames (H, W, C) as one image (H, W, 3 * C), as `Dataset.observe`.
 
-    An episode begins with three times its first frame.
+    At the start of an episode, its first frame is repeated.
     """
-    env.observation_space = env.observation_space  # OGBench's own renders whenever it is read
+    env.observation_space = env.observation_space  # stored: OGBench's renders at each access
     height, width, channels = env.observation_space.shape
     space = Box(0, 255, (height, width, STACK * channels), np.uint8)
     env = gymnasium.wrappers.FrameStackObservation(env, STACK)
@@ -174,10 +174,9 @@ def check_arrays(arrays):
 
 
 class HostMemory:
-    """Pinned host memory in the form that torch takes for a tensor on a GPU.
+    """Pinned host memory (uint8) that torch takes as a CUDA tensor, without copying it.
 
-    The GPU's kernels then read it over the bus, so that neither a copy of the data nor the CPU is
-    involved, and an update does not wait.
+    The GPU's kernels read it over the bus, so that an update waits for neither a copy nor the CPU.
     """
 
     def __init__(self, tensor):
@@ -252,7 +251,7 @@ class Dataset:
         self.valids = to_device(valids)
         rows = np.flatnonzero(valids)
         self.rows = torch.as_tensor(rows, device=device)  # (N,) the row of each transition
-        # N on the device: a captured CUDA graph reads it anew, where a Python number is frozen.
+        # N is a tensor, since a captured CUDA graph would freeze a Python number.
         self.count = torch.tensor(len(rows), dtype=torch.float64, device=device)
         self.num_transitions = len(rows)
         self.num_rows = len(valids)
@@ -330,7 +329,7 @@ class Dataset:
         return {name: getattr(self, name)[added].to("cpu", copy=True) for name in self.COLUMNS}
 
     def append_collected(self, collected):
-        """Reserve room for what `collected` returned and add it; its last episode is over."""
+        """Reserve room for what `collected` returned and add it; its last episode ends there."""
         num_rows = len(collected["valids"])
         rows = self.num_rows + collected["valids"].nonzero()[:, 0]
         self.reserve(len(rows))
@@ -350,7 +349,7 @@ class Dataset:
         if not self.has_frames:
             return self.observations[rows]
         stack = [rows]
-        for _ in range(STACK - 1):  # one row back, unless that row ends an episode, as row -1 does
+        for _ in range(STACK - 1):  # the row before, unless it ends an episode, as row -1 does
             stack.insert(0, stack[0] - self.valids[stack[0] - 1].long())
         frames = self.observations[torch.stack(stack, 1)]  # (B, 3, H, W, C)
         return frames.movedim(1, 3).flatten(3)
@@ -419,7 +418,7 @@ def read_ogbench_file(path, ob_dtype=np.float32):
     observations. Raises UserError.
     """
     try:
-        zipfile.ZipFile(path).close()  # np.load would say that a non-archive contains pickles
+        zipfile.ZipFile(path).close()  # np.load's message for another file is misleading
         with np.load(path) as file:
             check_layout(file)
             given = {name: file[name] for name in ("rewards", "masks") if name in file}
@@ -438,7 +437,7 @@ def read_ogbench_file(path, ob_dtype=np.float32):
 def sparse_reward(reward):
     """0 if the task is solved, else -1.
 
-    reward: a number, minus the number of unsolved parts, as in OGBench's scene and puzzle.
+    reward: minus the number of unsolved parts, as in OGBench's scene and puzzle.
     """
     return (reward == 0) - 1.0
 
@@ -468,15 +467,9 @@ def load_dataset(path, env_id, device, sparse=False, frames_on_host=False):
                 ogbench.relabel_utils.relabel_dataset(env_id, env, data)  # adds both
             if sparse:
                 data["rewards"] = (data["masks"] == 0) - 1.0
-            dataset = Dataset(
-                observations=data["observations"],
-                actions=np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5),  # as the authors do
-                rewards=data["rewards"],
-                masks=data["masks"],
-                valids=data["valids"],
-                device=device,
-                frames_on_host=frames_on_host,
-            )
+            data["actions"] = np.clip(data["actions"], -1 + 1e-5, 1 - 1e-5)  # as the authors do
+            columns = {name: data[name] for name in Dataset.COLUMNS}
+            dataset = Dataset(**columns, device=device, frames_on_host=frames_on_host)
         except KeyError as error:
             raise UserError(f"{path}: not a usable dataset: has no {error}") from None
         except (ValueError, IndexError) as error:
@@ -534,6 +527,18 @@ def disk_errors(folder):
         raise UserError(f"{folder}: cannot write there: {error}") from None
 
 
+def take_lock(lock, seconds=-1):
+    """Take a lock; if another process has it, say so and wait that long (-1: without limit).
+
+    Raises filelock.Timeout.
+    """
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        print(f"waiting for another process, which holds {lock.lock_file}")
+        lock.acquire(timeout=seconds)
+
+
 def make_once(path, make):
     """Call make() unless the file exists; of several processes, one calls and the others wait."""
     if os.path.exists(path):
@@ -541,11 +546,7 @@ def make_once(path, make):
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=1)
-        except Timeout:
-            print(f"waiting for another process that makes {path}; its lock: {lock.lock_file}")
-            lock.acquire()
+        take_lock(lock)
     try:
         if not path.exists():
             make()
@@ -577,7 +578,7 @@ def write_dataset(path, source, data):
 def download(urls, path, hint=""):
     """Fetch an npz file to `path` from the first of these URLs that works.
 
-    hint: the end of the message where none does. Raises UserError.
+    hint: added to the error if none does. Raises UserError.
     """
     temporary = path.with_name(f".{path.name}.part")
     failures = []
@@ -613,7 +614,7 @@ def progress_bar(*args, **options):
 
 
 def leave_signals_to_main():
-    """In a worker process: Ctrl-C is for the main process, with which its workers end."""
+    """Set up a worker process: it ignores Ctrl-C, and ends with the main process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -654,8 +655,8 @@ def goal_cells(maze_map):
 def collect_episode(job):
     """One episode (Gymnasium id, steps, seed) by OGBench's protocol -> arrays of its layout.
 
-    From a random cell to one random goal after the other along the environment's own shortest
-    paths, with Gaussian noise of standard deviation 0.5 on the actions.
+    The point goes from a random cell to one random goal after another along the environment's own
+    shortest paths, with Gaussian noise of standard deviation 0.5 on the actions.
     """
     env_id, steps, seed = job
     rng = np.random.default_rng(seed)
@@ -742,19 +743,15 @@ def check_env(env, dataset):
 
     Resets the environment and takes one step. Warns where an episode may never end.
     """
-    for kind, space in (("observation", env.observation_space), ("action", env.action_space)):
-        ndim = 3 if kind == "observation" and dataset.has_frames else 1
-        if not isinstance(space, Box) or len(space.shape) != ndim:
-            raise UserError(f"the {kind} space is {space}, must be a Box with {ndim} dimension(s)")
+    obs_shape = dataset.obs_dim if dataset.has_frames else (dataset.obs_dim,)
+    action_shape = tuple(dataset.actions.shape[1:])
+    for space, shape in ((env.observation_space, obs_shape), (env.action_space, action_shape)):
+        if not isinstance(space, Box) or space.shape != shape:
+            raise UserError(f"the environment has {space}, the data require a Box of shape {shape}")
     space = env.action_space
     if space.dtype.kind != "f" or (space.low != -1).any() or (space.high != 1).any():
         hint = "must be floating point from -1 to 1: see gymnasium.wrappers.RescaleAction"
         raise UserError(f"the action space is {space}, {hint}")
-    obs_shape = dataset.obs_dim if dataset.has_frames else (dataset.obs_dim,)
-    found = (obs_shape, tuple(dataset.actions.shape[1:]))
-    expected = (env.observation_space.shape, env.action_space.shape)
-    if found != expected:
-        raise UserError(f"observation, action sizes: {found} in the data, {expected} in the env")
     env.reset(seed=0)
     results = env.step(np.zeros(space.shape, space.dtype))
     try:
@@ -763,9 +760,8 @@ def check_env(env, dataset):
     except (ValueError, TypeError) as error:
         words = "step() must return observation, reward (a number), terminated, truncated and info"
         raise UserError(f"{words}: {error}") from None
-    if np.shape(obs) != env.observation_space.shape:
-        shapes = f"of shape {np.shape(obs)}, its space has {env.observation_space.shape}"
-        raise UserError(f"the environment's observation is {shapes}")
+    if np.shape(obs) != obs_shape:
+        raise UserError(f"the environment's observation has shape {np.shape(obs)}, not {obs_shape}")
     if not np.isfinite(obs).all():
         raise UserError("the environment's observation is not finite")
     if not env.has_wrapper_attr("_max_episode_steps"):
@@ -848,7 +844,7 @@ def git_commit():
 
 
 def installed_version(package):
-    """A package's version; None if it has none, as a clone on the PYTHONPATH."""
+    """A package's version; None if it is not installed, like a clone on the PYTHONPATH."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -923,22 +919,11 @@ class Run:
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=resume)
             self.lock = FileLock(self.folder / ".lock")
-            self.take_lock(lock_seconds)
-
-    def take_lock(self, seconds):
-        """Take the folder's lock, waiting that long for its owner. Raises UserError."""
-        try:
-            self.lock.acquire(timeout=0)
-            return
-        except Timeout:
-            hint = f"if its machine died, delete {self.lock.lock_file}"
-            reason = f"{self.folder}: another process writes there; {hint}"
-        try:
-            if seconds > 0:
-                print(f"{reason}; waiting for {seconds} s")
-            self.lock.acquire(timeout=seconds)
-        except Timeout:
-            raise UserError(reason) from None
+            try:
+                take_lock(self.lock, lock_seconds)
+            except Timeout:
+                hint = f"if its machine died, delete {self.lock.lock_file}"
+                raise UserError(f"{self.folder}: another process writes there; {hint}") from None
 
     def __enter__(self):
         return self
@@ -976,13 +961,13 @@ class Run:
             before, now = config["args"], self.config["args"]
             step = checkpoint["step"]
             old, new = before.get("offline_steps", 0), now.get("offline_steps", 0)
-            if old != new and step > min(old, new):  # config.json would describe other phases
+            if old != new and step > min(old, new):  # a phase that is over keeps its length
                 raise UserError(f"--offline-steps {new}: was {old}, and {step} steps are done")
             print_changes(before, now)
             names = ("script", "commit", "device", "dataset", "threads", "versions")
             print_changes(config, {name: self.config.get(name) for name in names})
         elif len(read_columns(self.folder / "eval.csv").get("step", [])) > 1:
-            # A checkpoint follows each evaluation.
+            # There was a checkpoint: one follows each evaluation.
             hint = "remove its CSV files to start it again"
             raise UserError(f"{self.folder}: its checkpoint.pt was removed; {hint}")
         if (self.folder / "config.json").exists():
@@ -1101,18 +1086,22 @@ class Run:
         evaluations = read_columns(self.folder / "eval.csv")
         training = read_columns(self.folder / "train.csv")
         score = "return" if np.isnan(evaluations["success"]).all() else "success"
+        losses = [name for name in training if name.endswith("_loss")]
+        q_values = [name for name in training if name.startswith("q_m")]
+        panels = [(evaluations, [score]), (training, losses), (training, q_values)]
         figure = Figure(figsize=(13, 3.5), layout="constrained")
         figure.suptitle(self.folder.name)
-        score_axes, loss_axes, q_axes = figure.subplots(1, 3)
-        plot_columns(score_axes, evaluations, [score])
-        plot_columns(loss_axes, training, [name for name in training if name.endswith("_loss")])
-        plot_columns(q_axes, training, [name for name in training if name.startswith("q_m")])
-        loss_axes.set_yscale("symlog", linthresh=1e-2)  # a policy's loss can be negative
-        for axes in (score_axes, loss_axes, q_axes):
+        for axes, (columns, names) in zip(figure.subplots(1, 3), panels):
+            for name in names:
+                thousands = columns["step"] / 1000
+                axes.plot(thousands, columns[name], ".-", markersize=3, linewidth=1, label=name)
+            if names:
+                axes.legend()
             if 0 < switch < evaluations["step"][-1]:
                 axes.axvline(switch / 1000, color="black", linestyle="--", linewidth=1)
             axes.set_xlabel(f"thousand {unit}")
             axes.grid(alpha=0.3)
+        figure.axes[1].set_yscale("symlog", linthresh=1e-2)  # a policy's loss can be negative
         with disk_errors(self.folder):
             figure.savefig(self.folder / "curve.png")
 
@@ -1141,7 +1130,7 @@ def start_run(script, name, args, description, device):
         folder = Path(args.run_dir) / f"{own_name}__{script.stem}__{args.seed}__{started}"
     device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     config = dict(script=script.name, args=vars(args), device=device_name, dataset=description)
-    lock_seconds = 300 if args.start_or_resume else 0  # a requeued job's last process may yet end
+    lock_seconds = 300 if args.start_or_resume else 0  # a requeued job's last process may still run
     run = Run(folder, config, bool(old_folder), args.track, lock_seconds)
     run.how_to_resume = f"resume with --resume {run.folder}"
     warn_of_cpu_quota()
@@ -1149,13 +1138,3 @@ def start_run(script, name, args, description, device):
     print("settings:", ", ".join(f"{name}={value}" for name, value in vars(args).items()))
     print(f"device: {device}, writing to {run.folder}")
     return run
-
-
-def plot_columns(axes, columns, names):
-    """Lines of these columns over `step`, in thousands; NaN interrupts a line."""
-    for name in names:
-        axes.plot(
-            columns["step"] / 1000, columns[name], ".-", markersize=3, linewidth=1, label=name
-        )
-    if names:
-        axes.legend()

@@ -619,7 +619,8 @@ def test_a_damaged_file_is_refused(collected, tmp_path):
 
 def test_a_mistake_of_ours_is_not_called_a_damaged_file(collected, monkeypatch):
     mistake = NameError("name 'observation' is unknown")
-    monkeypatch.setattr(common, "Dataset", Mock(side_effect=mistake))
+    columns = common.Dataset.COLUMNS
+    monkeypatch.setattr(common, "Dataset", Mock(side_effect=mistake, COLUMNS=columns))
     with pytest.raises(NameError, match="observation"):
         common.load_dataset(collected, ENV_ID, "cpu")
 
