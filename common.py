@@ -1108,10 +1108,15 @@ class Run:
 
 def warn_of_cpu_quota():
     """Print a warning where a container grants fewer cores than torch has threads."""
-    path = Path("/sys/fs/cgroup/cpu.max")
-    quota, period = path.read_text().split() if path.exists() else ("max", "1")
+    groups = Path("/sys/fs/cgroup")
+    quota, period = "max", "1"
+    if (groups / "cpu.max").exists():
+        quota, period = (groups / "cpu.max").read_text().split()
+    elif (groups / "cpu/cpu.cfs_quota_us").exists():  # cgroups version 1; -1 is no limit
+        quota = (groups / "cpu/cpu.cfs_quota_us").read_text()
+        period = (groups / "cpu/cpu.cfs_period_us").read_text()
     threads = torch.get_num_threads()
-    if quota != "max" and int(quota) < threads * int(period):
+    if quota != "max" and 0 < int(quota) < threads * int(period):
         cores = max(1, int(quota) // int(period))
         print(f"this container grants fewer than {threads} cores: set OMP_NUM_THREADS={cores}")
 

@@ -928,12 +928,18 @@ def test_start_run_resume_and_start_or_resume(tmp_path, monkeypatch, capsys):
     assert len(list(Path("sweep").iterdir())) == 1
 
 
-@pytest.mark.parametrize("quota, warns", [("max 100000", False), ("100000 100000", True)])
+@pytest.mark.parametrize("cgroups", [1, 2])
+@pytest.mark.parametrize("quota, warns", [("100000", True), ("200000", False), (None, False)])
 def test_a_container_with_few_cores_is_told_what_to_set(
-    monkeypatch, tmp_path, capsys, quota, warns
+    monkeypatch, tmp_path, capsys, cgroups, quota, warns
 ):
-    (tmp_path / "cpu.max").write_text(quota + "\n")
-    monkeypatch.setattr(common, "Path", lambda name: tmp_path / "cpu.max")
+    if cgroups == 2:
+        (tmp_path / "cpu.max").write_text(f"{quota or 'max'} 100000\n")
+    else:
+        (tmp_path / "cpu").mkdir()
+        (tmp_path / "cpu/cpu.cfs_quota_us").write_text(f"{quota or -1}\n")
+        (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000\n")
+    monkeypatch.setattr(common, "Path", lambda name: tmp_path)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     common.warn_of_cpu_quota()
     assert ("set OMP_NUM_THREADS=1" in capsys.readouterr().out) == warns

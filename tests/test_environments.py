@@ -183,6 +183,19 @@ def test_an_episode_is_evaluated(make_env):
     assert np.isnan(results["success"]).all()
 
 
+@pytest.mark.parametrize("make_env", [RewardInAnArray, ReusedBuffer])
+def test_an_episode_is_collected(make_env, tmp_path, monkeypatch):
+    monkeypatch.setattr(common.Run, "plot", lambda *args, **options: None)
+    sizes = dict(hidden=(8,), policy_width=8, batch_size=4, eval_episodes=1)
+    args = flow_sac.Args(online_steps=6, learning_starts=5, **sizes)
+    dataset = common.Dataset.empty(3, 2)
+    with common.Run(tmp_path / "run", dict(script="flow_sac.py", args=vars(args))) as run:
+        flow_sac.train(args, dataset, make_env(), make_env(), run)
+    collected = dataset.collected()
+    assert collected["observations"][:6, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert collected["rewards"][:5].tolist() == [1] * 5
+
+
 @pytest.mark.parametrize("seed", [5, 2**32 + 5])
 def test_global_random_numbers_follow_from_the_seed(seed):
     env = GlobalRandomState()
