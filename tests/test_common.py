@@ -176,14 +176,6 @@ def test_sample_draws_all_starts_equally_and_nothing_else():
     assert (counts[:15] - 2000).abs().max() < 5 * 2000**0.5
 
 
-def test_sample_is_chunks_of_the_generators_starts():
-    dataset = small_dataset()
-    u = torch.rand(64, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    expected = dataset.chunks((u * 15).long(), 3, 0.9)
-    batch = dataset.sample(64, 3, 0.9, torch.Generator().manual_seed(3))
-    assert all(torch.equal(a, b) for a, b in zip(batch, expected))
-
-
 def test_sample_draws_equally_from_more_starts_than_float32_can_tell_apart(monkeypatch):
     dataset = small_dataset()
     monkeypatch.setattr(dataset, "chunks", lambda starts, horizon, discount: starts)
@@ -191,22 +183,6 @@ def test_sample_draws_equally_from_more_starts_than_float32_can_tell_apart(monke
     starts = dataset.sample(16_000, generator=torch.Generator().manual_seed(0))
     counts = torch.bincount(starts % 16)  # a float32 draw times 2^28 is a multiple of 16
     assert len(counts) == 16 and (counts - 1000).abs().max() < 5 * 1000**0.5
-
-
-def test_sample_reads_rows_and_their_number_anew():
-    dataset = small_dataset()
-    assert dataset.count.shape == () and dataset.count.device == dataset.rows.device
-    generator = torch.Generator().manual_seed(0)
-    dataset.count.fill_(5)  # room for 17 transitions, of which 5 are there
-    counts = start_counts(dataset, dataset.sample(1000, 3, 0.9, generator))
-    assert (counts[:3] > 0).all() and counts[3:].sum() == 0
-    dataset.count.add_(1)  # one more
-    counts = start_counts(dataset, dataset.sample(1000, 3, 0.9, generator))
-    assert (counts[:4] > 0).all() and counts[4:].sum() == 0
-    new_observation = torch.tensor([7.0, 8.0, 9.0])
-    dataset.observations[dataset.rows[3]] = new_observation
-    batch = dataset.sample(1000, 3, 0.9, generator)
-    assert (batch.observations == new_observation).all(1).any()
 
 
 def episode(rng, num_steps, terminated):
@@ -619,10 +595,12 @@ def test_a_damaged_file_is_refused(collected, tmp_path):
 
 def test_a_mistake_of_ours_is_not_called_a_damaged_file(collected, monkeypatch):
     mistake = NameError("name 'observation' is unknown")
-    columns = common.Dataset.COLUMNS
-    monkeypatch.setattr(common, "Dataset", Mock(side_effect=mistake, COLUMNS=columns))
+    make = Mock(side_effect=mistake, COLUMNS=common.Dataset.COLUMNS)
+    monkeypatch.setattr(common, "Dataset", make)
     with pytest.raises(NameError, match="observation"):
-        common.load_dataset(collected, ENV_ID, "cpu")
+        common.get_dataset(NAME, ENV_ID, str(collected), "cuda:1", frames_on_host=True)
+    options = make.call_args.kwargs
+    assert (options["device"], options["frames_on_host"]) == ("cuda:1", True)
 
 
 def test_data_folder(tmp_path, monkeypatch):
@@ -718,15 +696,27 @@ def test_after_a_failure_the_lock_is_free(tmp_path):
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, step):
-    path = tmp_path / "file"
+    path = tmp_path / "config.json"
+    rows = b"step,x\n1,2\n"
     path.write_bytes(b"old")
-    common.write_file(path, b"new")
-    assert path.read_bytes() == b"new"
+    common.write_file(path, rows)
+    assert path.read_bytes() == rows
     monkeypatch.setattr(common.os, step, Mock(side_effect=OSError(28, "No space left")))
-    with pytest.raises(common.UserError, match=f"{tmp_path}: cannot write there: .*No space left"):
-        common.write_file(path, b"newer")
-    assert path.read_bytes() == b"new"
-    assert list(tmp_path.iterdir()) == [path]
+    for write in (
+        lambda: common.write_file(path, b"newer"),
+        lambda: common.write_config(tmp_path, {}),
+        lambda: common.write_dataset(path, "somewhere", {}),
+        lambda: common.cut_rows(path, 0),
+    ):
+        with pytest.raises(common.UserError, match=f"{tmp_path}: cannot write there: .*No space"):
+            write()
+        assert path.read_bytes() == rows and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_is_there_needs_no_lock(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(common, "FileLock", None)  # its folder may be read-only
+    common.make_once(tmp_path / "file", None)
 
 
 # ------------------------------------------------------------------------------------ run folder
@@ -798,6 +788,13 @@ def test_a_row_that_lacks_a_column_has_nan_there(tmp_path):
 
 def test_the_picture_marks_the_switch_where_there_are_rows_after_it(tmp_path, monkeypatch):
     line = Mock()
+    drawn = []
+
+    def record(axes, x, y, *style, label, **options):
+        drawn.append((label, *x))
+
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", record)
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", Mock())
     monkeypatch.setattr("matplotlib.axes.Axes.axvline", line)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", Mock())
     run = common.Run(tmp_path / "run", dict(script="fql.py"))
@@ -806,6 +803,7 @@ def test_the_picture_marks_the_switch_where_there_are_rows_after_it(tmp_path, mo
         run.plot(switch=switch)
         assert line.call_count == lines
     assert all(call.args == (2,) for call in line.call_args_list)  # thousand
+    assert drawn[-1] == ("success", 1, 2, 3)
 
 
 CONFIG = dict(script="x.py", device="cpu", dataset="5 transitions", args=dict(lam=1.0, hidden=[8]))
@@ -861,14 +859,11 @@ def test_what_changes_in_a_resumed_run_is_printed(tmp_path, capsys):
     assert common.read_config(run.folder)["args"] == args
 
 
-def test_a_run_stopped_before_its_first_checkpoint_begins_anew(tmp_path):
-    with common.Run(tmp_path / "run", CONFIG) as run:
+def test_a_folder_that_was_no_run_keeps_its_csv_files(tmp_path):
+    (tmp_path / "own.csv").write_text("step,x\n1,2\n")
+    with common.Run(tmp_path, CONFIG, resume=True) as run:
         run.begin(NETS)
-        log_row(run, 1)
-    with common.Run(tmp_path / "run", CONFIG, resume=True) as run:
-        assert run.begin(NETS) is None
-        log_row(run, 1)
-    assert common.read_columns(run.folder / "train.csv")["step"].tolist() == [1]
+    assert (tmp_path / "own.csv").read_text() == "step,x\n1,2\n"
 
 
 def test_a_run_whose_checkpoint_was_removed_is_not_begun_anew(tmp_path):

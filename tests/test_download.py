@@ -113,8 +113,6 @@ def visible_files(folder):
 
 FAULTS = [
     ("404", "404 Client Error"),
-    ("403", "403 Client Error"),
-    ("503", "503 Server Error"),
     ("stalls", "timed out"),
     ("half", "download failed"),
     ("half, then stalls", "timed out"),
@@ -176,6 +174,8 @@ def test_a_url_is_downloaded_once(host, path, monkeypatch, end):
     (downloaded,) = visible_files(path.parent)
     assert downloaded.parent == path.parent / "downloaded" and downloaded.name.endswith("mine.npz")
     assert downloaded.read_bytes() == host.file
+    common.get_dataset(navigate, ENV_ID, f"{host.url}/other/mine.npz")  # not the same file
+    assert host.seen == [f"/{end}", "/other/mine.npz"]
 
 
 def test_a_download_keeps_what_the_file_says_of_itself(host, path, tmp_path):

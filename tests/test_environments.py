@@ -101,8 +101,14 @@ def check(make_env):
             lambda: Own(action_space=Box(-1, 1, (2,), np.int64)),
             "the action space is .*floating point from -1 to 1: see .*RescaleAction",
         ),
-        (lambda: Own(action_space=Box(0, 1, (2,), np.float32)), "from -1 to 1: see .*RescaleActio"),
-        (lambda: Own(action_space=Box(1, 1, (2,), np.float32)), "from -1 to 1: see .*RescaleActio"),
+        (
+            lambda: Own(action_space=Box(np.float32([-1, 0]), np.float32([1, 1]))),
+            "from -1 to 1: see .*RescaleAction",
+        ),
+        (
+            lambda: Own(action_space=Box(np.float32([-1, -1]), np.float32([1, 2]))),
+            "from -1 to 1: see .*RescaleAction",
+        ),
         (lambda: Own(action_space=Box(-1, 1, (2, 1), np.float32)), r"a Box of shape \(2,\)"),
         (lambda: Own(observation_space=Box(-1, 1, (3, 1), np.float32)), r"a Box of shape \(3,\)"),
         (lambda: Own(observation_space=Discrete(3)), "the environment has Discrete"),
@@ -120,11 +126,6 @@ def test_an_environment_that_cannot_be_trained_in_is_one_line(make_env, words):
     with pytest.raises(common.UserError, match=words) as error:
         check(make_env)
     assert "\n" not in str(error.value)
-
-
-def test_an_environment_that_ends_by_itself_or_has_a_wrapper_for_it():
-    check(Own)
-    check(lambda: gymnasium.wrappers.TimeLimit(Own(time_limit=None), 7))
 
 
 @pytest.mark.parametrize("script", [qflow, fql, flow_sac])

@@ -187,10 +187,10 @@ def test_mistakes_on_the_command_line(call, tmp_path):
 
 
 class Counter(gymnasium.Env):
-    """Episodes of 12, 13 and 14 steps; a frame has the number of steps taken so far."""
+    """Episodes of 9, 17 and 25 steps; a frame has the number of steps taken so far."""
 
     def reset(self, *, seed=None, options=None):
-        self.length = 12 + seed
+        self.length = 9 + 8 * seed
         self.steps = 0
         return np.zeros(1), {}
 
@@ -202,11 +202,23 @@ class Counter(gymnasium.Env):
         return np.full((16, 16, 3), 10 * self.steps, np.uint8)
 
 
+def test_the_seed_is_that_of_the_episodes_and_of_the_noise(call, monkeypatch):
+    seen = []
+
+    def evaluated(policy, env, num_episodes, seed):
+        seen.append((num_episodes, seed, policy.keywords["generator"].initial_seed()))
+        return {}
+
+    monkeypatch.setattr(qflow, "evaluate", evaluated)
+    call(RUN, "--episodes", 7, "--seed", 3)
+    assert seen == [(7, 3, 3)]
+
+
 def test_a_video_has_every_eighth_step_of_three_episodes(tmp_path, capsys):
     path = tmp_path / "evaluation.gif"
     evaluate.record_video(qflow, lambda obs: np.zeros((len(obs), 5, 1)), Counter(), 0, path)
     shades = [int(frame.flat[0]) for frame in imageio.mimread(path)]
-    assert shades == 3 * [0, 80]
+    assert shades == [0, 80, 0, 80, 160, 0, 80, 160, 240]
     assert str(path) in capsys.readouterr().out
 
 

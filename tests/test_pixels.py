@@ -101,15 +101,6 @@ def test_stacks_are_those_of_plain_lists_of_episodes(horizon):
         assert batch.rewards[start].item() == pytest.approx(rewards)
 
 
-def test_frames_are_stored_once_and_as_they_are():
-    episodes = make_episodes()
-    arrays = [frame for frames, _ in episodes for frame in frames]
-    dataset = make_dataset(episodes)
-    assert dataset.observations.dtype == torch.uint8
-    assert dataset.observations.nbytes == len(arrays) * 6 * 5 * 3
-    assert np.array_equal(dataset.observations, np.stack(arrays))
-
-
 class Counter(gymnasium.Env):
     """Frames (H, W, 3) in the colour of their episode with a stripe that tells the step."""
 

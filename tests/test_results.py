@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import gymnasium
 import numpy as np
@@ -566,6 +567,54 @@ def test_a_run_that_collected_nothing_has_nothing_to_export(tmp_path):
     run = ROOT / "results/policies/fql-pointmaze-medium"
     with pytest.raises(common.UserError, match=f"{run}: has collected nothing"):
         export_online.main(run, tmp_path / "online.npz")
+    (tmp_path / "online.npz").touch()
+    with pytest.raises(common.UserError, match="online.npz: exists already"):
+        export_online.main(run, tmp_path / "online.npz")
+
+
+@pytest.mark.parametrize(
+    "tool, words, jobs",
+    [
+        (
+            collect_antmaze,
+            "antmaze-giant-navigate-v0 --transitions 20001",
+            [("antmaze-giant-v0", 2001, [7, 0]), ("antmaze-giant-v0", 2001, [7, 1])],
+        ),
+        (collect_play, "scene-play-v0 --episodes 2", [("scene-v0", [7, 0]), ("scene-v0", [7, 1])]),
+    ],
+)
+def test_each_part_of_a_collection_has_a_seed_of_its_own(tool, words, jobs, monkeypatch, tmp_path):
+    pool = MagicMock()
+    pool.return_value.__enter__.return_value.imap = lambda collect, jobs: [
+        dict(job=np.array([str(job)])) for job in jobs
+    ]
+    monkeypatch.setattr(tool.multiprocessing, "Pool", pool)
+    monkeypatch.setattr(sys, "argv", ["x", *words.split(), "--seed", "7", "--out", str(tmp_path)])
+    tool.main()
+    (path,) = tmp_path.iterdir()
+    assert np.load(path)["job"].tolist() == [str(job) for job in jobs]
+
+
+def test_cubes_are_stacked_with_the_probability_of_their_number():
+    info = {"privileged/target_task": "cube"}
+    env, oracle, rng = MagicMock(), MagicMock(done=True), MagicMock()
+    env.reset.return_value = env.unwrapped.set_new_target.return_value = (0, info)
+    env.step.return_value = (0, 0, False, True, info)
+    oracle.select_action.return_value = np.zeros(5)
+    rng.integers.return_value = 3
+    rng.uniform = lambda low, high: (low, high)
+    collect_play.play(env, dict(cube=oracle), rng, "visual-cube-double-v0")
+    env.unwrapped.set_new_target.assert_called_once_with(p_stack=(0.0, 0.25))
+
+
+@pytest.mark.parametrize(
+    "y, z, hidden",
+    [(0.28, 0.02, False), (0.29, 0.02, True), (-0.3, 0.02, True), (-0.3, 0.07, False)],
+)
+def test_a_cube_is_hidden_behind_the_window_or_before_the_drawer(y, z, hidden):
+    qpos = np.zeros((3, 21))
+    qpos[1, 15:17] = y, z  # in one row only
+    assert collect_play.cube_is_hidden(qpos) == hidden
 
 
 def test_weights_and_settings_are_what_is_copied(tmp_path):

@@ -137,16 +137,6 @@ def call_until(call, saves_at, stops_at, *flags):
         call(*flags)
 
 
-@pytest.mark.parametrize("script", ["qflow", "fql"])
-def test_evaluating_more_often_does_not_change_the_training(script, call, whole, tmp_path):
-    call(script, *FLAGS[script], "--eval-interval", 10, "--start-or-resume", tmp_path / "often")
-    often = common.read_checkpoint(tmp_path / "often")
-    once = common.read_checkpoint(whole[script])
-    assert torch.equal(often["generator"], once["generator"])
-    for name, tensor in once["nets"].items():
-        assert torch.equal(often["nets"][name], tensor), name
-
-
 # -------------------------------------------------------------------------------------- stopped
 
 
@@ -292,7 +282,7 @@ def test_a_phase_that_is_over_keeps_its_length(script, call, copy_of):
     with pytest.raises(common.UserError, match="--offline-steps 30: was 40, and 40 steps are done"):
         call(script, "--resume", folder, "--offline-steps", 30, "--online-steps", 30)
     call(script, "--resume", folder, "--online-steps", 30)
-    for steps in (30, 60):
+    for steps in (30, 60, 80):
         with pytest.raises(common.UserError, match=f"{steps}: was 40, and 70 steps are done"):
             call(script, "--resume", folder, "--offline-steps", steps)
     assert settings(folder)["offline_steps"] == 40
@@ -376,15 +366,6 @@ def test_the_speed_counts_the_wait_for_the_device(script, call, tmp_path, monkey
     call(script, *FLAGS[script], *flags)
     speeds = common.read_columns(tmp_path / "train.csv")["steps_per_s"]
     assert len(speeds) == 3 and (speeds <= 10).all()
-
-
-def test_two_processes_never_write_one_run(call, copy_of):
-    folder = copy_of("fql")
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with common.Run(folder, common.read_config(folder), resume=True):
-        with pytest.raises(common.UserError, match=f"{folder}: another process writes there"):
-            call("fql", "--resume", folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_requeued_job_waits_for_the_process_before_it(call, copy_of, monkeypatch, capsys):

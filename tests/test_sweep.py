@@ -94,8 +94,9 @@ def test_a_job_for_each_script_environment_task_and_seed(sweep_prints, tmp_path)
 
 def test_nothing_but_commands_is_printed(sweep_prints, tmp_path):
     flags = ["--scripts", SCRIPTS[1], "--envs", "antsoccer-arena-navigate-v0", "--seeds", 0, 1]
-    lines = sweep_prints(*flags, "--run-dir", tmp_path, "--", "--online-steps", 9)
-    assert [line.split("=")[0] for line in lines] == ["OMP_NUM_THREADS"] * 2
+    flags += ["--cpus", 0.5, "--run-dir", tmp_path]
+    lines = sweep_prints(*flags, "--", "--online-steps", 9)
+    assert [line.split()[0] for line in lines] == ["OMP_NUM_THREADS=1"] * 2
 
 
 def test_an_environment_without_dataset(sweep_jobs, tmp_path):
@@ -302,7 +303,9 @@ def test_a_killed_job_is_not_a_failed_one(end, tmp_path):
 
 
 def test_the_score_of_a_finished_job_is_its_own_line(tmp_path):
+    run_job("print('finished; earlier')", tmp_path)
     run_job("print('finished; mean of 1: success 0.5'); print('wandb: goodbye')", tmp_path)
+    assert (tmp_path / "output.txt").read_text().startswith("finished; earlier\n")
     assert sweep.last_words(tmp_path) == "finished; mean of 1: success 0.5"
     (tmp_path / "output.txt").write_text("")
     assert sweep.last_words(tmp_path) == "finished"
@@ -353,6 +356,14 @@ def test_gpus_of_a_job(monkeypatch):
     for flags in (["--cpus", "8"], ["--gpus", "3"], ["--cpus", "9", "--gpus", "0"]):
         with pytest.raises(common.UserError, match="no machine has that many"):
             choose([cpu, gpu], *flags)
+
+
+def test_a_sweep_with_a_failed_job_ends_with_1(sweep_jobs, tmp_path, monkeypatch, capsys):
+    (job,) = sweep_jobs("--scripts", SCRIPTS[1], "--envs", NAME, "--run-dir", tmp_path)
+    monkeypatch.setattr(sweep, "run_with_ray", lambda jobs, args: {job.folder: "a reason"})
+    with pytest.raises(SystemExit, match="^1$"):
+        sweep.main()
+    assert "a reason" in capsys.readouterr().out
 
 
 def test_steps_done_and_finished(sweep_jobs, tmp_path, monkeypatch):

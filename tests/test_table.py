@@ -271,6 +271,8 @@ def test_the_table_over_tasks(runs, capsys):
     write_run(runs / "returns", flow_sac, [-150], **flow_sac.SETTINGS["Pendulum"])
     table.main(tuple(runs.iterdir()), over_tasks=True)
     printed = capsys.readouterr()
+    assert "| 3 | 95.7% | 90.0% to 100.0% |\n" in printed.out  # of three seeds, lowest to highest
+    assert "| 1 | -150 |  |\n" in printed.out  # a return, of one seed
     tasks = [[97, 90, 100], [69, 74, 52], [11, 30, 18], [22, 2, 40]]
     middle, low, high = table.summarise_tasks(tasks)
     assert printed.out.split("\n\n")[1].splitlines() == [
