@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import gymnasium
@@ -138,6 +139,17 @@ def test_train_checks_both_environments_first(script):
     assert run.mock_calls == []
 
 
+@pytest.mark.parametrize("script", [qflow, fql, flow_sac])
+def test_the_gpu_of_the_data_becomes_torchs(script, monkeypatch):
+    monkeypatch.setattr(common, "check_env", Mock())
+    chosen = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen)
+    data = SimpleNamespace(actions=SimpleNamespace(device=torch.device("cuda:1")))
+    with pytest.raises(KeyboardInterrupt):
+        script.train(script.Args(), data, None, None, None)
+    chosen.assert_called_once_with(torch.device("cuda:1"))
+
+
 def test_an_environment_without_a_time_limit_is_warned_about(capsys):
     check(lambda: Own(time_limit=None))
     assert "no time limit; if episodes can go on forever" in capsys.readouterr().out
@@ -185,13 +197,16 @@ def test_an_episode_is_evaluated(make_env):
 
 
 @pytest.mark.parametrize("make_env", [RewardInAnArray, ReusedBuffer])
-def test_an_episode_is_collected(make_env, tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", [qflow, fql, flow_sac])
+def test_an_episode_is_collected(script, make_env, tmp_path, monkeypatch):
     monkeypatch.setattr(common.Run, "plot", lambda *args, **options: None)
-    sizes = dict(hidden=(8,), policy_width=8, batch_size=4, eval_episodes=1)
-    args = flow_sac.Args(online_steps=6, learning_starts=5, **sizes)
+    own = dict(learning_starts=5, policy_width=8) if script is flow_sac else {}
+    sizes = dict(hidden=(8,), batch_size=4, eval_episodes=1)
+    args = script.Args(offline_steps=0, online_steps=6, **sizes, **own)
     dataset = common.Dataset.empty(3, 2)
-    with common.Run(tmp_path / "run", dict(script="flow_sac.py", args=vars(args))) as run:
-        flow_sac.train(args, dataset, make_env(), make_env(), run)
+    with common.Run(tmp_path / "run", dict(script="x.py", args=vars(args))) as run:
+        script.train(args, dataset, make_env(), make_env(), run)
+    assert common.read_columns(run.folder / "episodes.csv")["return"].tolist() == [5]
     collected = dataset.collected()
     assert collected["observations"][:6, 0].tolist() == [0, 1, 2, 3, 4, 5]
     assert collected["rewards"][:5].tolist() == [1] * 5

@@ -961,7 +961,14 @@ def test_a_seed_has_its_own_weights_noise_and_episodes(tmp_path, monkeypatch):
     monkeypatch.setattr(common.Run, "plot", lambda self, unit, switch: None)
     monkeypatch.setattr(common, "check_env", lambda env, dataset: None)  # it makes a step, too
     steps = dict(online_steps=12, learning_starts=10, policy_lr=1e-30, q_lr=1e-30)  # weights stay
-    weights, noise, episodes = [], [], []
+    weights, noise, episodes, seeds_of_weights = [], [], [], []
+    manual_seed = torch.manual_seed
+
+    def noted_seed(seed):
+        seeds_of_weights.append(seed)
+        return manual_seed(seed)
+
+    monkeypatch.setattr(torch, "manual_seed", noted_seed)
     for seed in (0, 1000):
         env, dataset = Counter(), common.Dataset.empty(2, 1)
         nets, _ = train_on(lambda env=env: env, tmp_path / str(seed), dataset, seed=seed, **steps)
@@ -970,6 +977,7 @@ def test_a_seed_has_its_own_weights_noise_and_episodes(tmp_path, monkeypatch):
         episodes.append(set(env.seeds))
     assert not torch.equal(*weights) and not torch.equal(*noise)
     assert not episodes[0] & episodes[1]
+    assert seeds_of_weights and not {0, 1000} & set(seeds_of_weights)  # not those of the noise
 
 
 def short_run(folder, **settings):

@@ -5,7 +5,7 @@ Blocks that the scripts share are tested here only; test_shared_blocks shows tha
 
 import shutil
 import types
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, call
 
 import gymnasium
 import numpy as np
@@ -605,3 +605,7 @@ def test_a_cuda_graph_runs_three_times_records_once_and_then_replays(monkeypatch
     assert replays_before == [0, 0, 0, 0] and graph.replay.call_count == 4
     graph.register_generator_state.assert_called_once_with(generator)
     torch.cuda.graph.assert_called_once_with(graph, stream=torch.cuda.Stream.return_value)
+    own, current = torch.cuda.Stream.return_value, torch.cuda.current_stream.return_value
+    assert own.wait_stream.call_args_list == 3 * [call(current)]
+    assert current.wait_stream.call_args_list == 3 * [call(own)]
+    assert torch.cuda.stream.call_args_list == 3 * [call(own)]

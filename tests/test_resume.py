@@ -35,7 +35,10 @@ OFFLINE = f"""--env {NAME} --device cpu --hidden 16 16 --batch-size 16 --eval-ep
 FLAGS = {
     "qflow": [*OFFLINE, "--time-dim", "4"],
     "fql": OFFLINE,
-    "flow_sac": [*OFFLINE, *"--online-steps 0 --learning-starts 0 --policy-width 8".split()],
+    "flow_sac": [
+        *OFFLINE,
+        *"--policy flow-g --online-steps 0 --learning-starts 0 --policy-width 8".split(),
+    ],
 }
 ONLINE = "--offline-steps 10 --online-steps 60 --eval-interval 1000 --log-interval 15".split()
 FROM_SCRATCH = """--env HalfCheetah-v5 --device cpu --hidden 16 16 --policy-width 8 --batch-size 16
@@ -274,6 +277,9 @@ def test_settings_of_a_resumed_run_may_be_changed(call, copy_of, whole, capsys):
     call("qflow", "--resume", folder)  # with these settings from now on
     printed = capsys.readouterr().out
     assert "changed: " not in printed and "mean of the last 3 evaluations: success" in printed
+    moved = folder.rename(folder.with_name("moved"))
+    call("qflow", "--start-or-resume", moved)  # whose config.json names the old place
+    assert f"writing to {moved}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", MODULES)
@@ -351,21 +357,30 @@ def test_nan_stops_within_a_log_interval(call, tmp_path):
 
 
 class Queued:
-    """A metric that the device computes only when it is asked for."""
+    """A metric that the device computes only when it is asked for, in a tenth of a second."""
 
     def item(self):
-        time.sleep(0.1)
+        common.time.now += 0.1
         return 1.0
 
 
 @pytest.mark.parametrize("script", MODULES)
-def test_the_speed_counts_the_wait_for_the_device(script, call, tmp_path, monkeypatch):
+def test_the_speed_counts_the_wait_for_logged_metrics_and_no_evaluation(
+    script, call, tmp_path, monkeypatch
+):
+    clock = SimpleNamespace(perf_counter=lambda: clock.now, now=1000.0)
+
+    def evaluate(*args):
+        clock.now += 1000
+        return {"return": np.zeros(1)}
+
+    monkeypatch.setattr(common, "time", clock)
+    monkeypatch.setattr(MODULES[script], "evaluate", evaluate)
     name = "update_policy" if script == "flow_sac" else "update"
     monkeypatch.setattr(MODULES[script], name, lambda *args: dict(policy_loss=Queued()))
-    flags = ["--offline-steps", 3, "--log-interval", 1, "--start-or-resume", tmp_path]
-    call(script, *FLAGS[script], *flags)
-    speeds = common.read_columns(tmp_path / "train.csv")["steps_per_s"]
-    assert len(speeds) == 3 and (speeds <= 10).all()
+    flags = "--offline-steps 4 --log-interval 2 --eval-interval 2 --start-or-resume".split()
+    call(script, *FLAGS[script], *flags, tmp_path)
+    assert common.read_columns(tmp_path / "train.csv")["steps_per_s"].tolist() == [20, 20]
 
 
 def test_a_requeued_job_waits_for_the_process_before_it(call, copy_of, monkeypatch, capsys):
@@ -485,7 +500,8 @@ def test_killed_online_it_keeps_what_its_checkpoint_has(data, tmp_path):
             break
         time.sleep(0.05)
     process.kill()
-    process.communicate(timeout=100)
+    out, _ = process.communicate(timeout=100)
+    assert "writing to" in out  # lines reach a log file at once
     before = common.read_checkpoint(folder)
     assert 30 <= before["step"] < 110
     process = start(data, "qflow", "--resume", folder)

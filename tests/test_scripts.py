@@ -122,6 +122,10 @@ def test_settings_of_flow_sac_are_the_authors(monkeypatch):
         assert expected.items() <= vars(args).items()
         policy = flow_sac.Policy(4, 3, args)
         assert policy.velocity.head.in_features == width
+    for name in {dataset for dataset, _ in common.single_tasks().values()}:
+        if not name.startswith("visual-"):
+            found = [x["horizon"] for key, x in flow_sac.SETTINGS.items() if re.match(key, name)]
+            assert found == [1 if "maze" in name or "soccer" in name else 5], name
     assert flow_sac.BatchRenorm(1, 4).warmup == 100_000
     assert flow_sac.FlowG(4, 3, 16).frequencies.shape == (16,)
 
@@ -164,6 +168,27 @@ def test_another_alpha_of_online_runs_is_named(flags, warning, tmp_path, monkeyp
     assert warning in printed
 
 
+@pytest.mark.parametrize(
+    "script, env, says",
+    [
+        (fql, "cube-triple-play-v0", "using the defaults\n"),
+        (fql, "scene-play-v0", ""),
+        (qflow, "cube-triple-play-v0", "using the defaults\n"),
+        (qflow, "scene-play-v0", ""),
+        (flow_sac, "cube-triple-play-v0", ""),
+        (flow_sac, "Pendulum-v1", ""),
+        (flow_sac, "scene-play-v0", "using cube-double's\n"),
+        (flow_sac, NAME, "using cube-double's, but without chunks\n"),
+    ],
+)
+def test_settings_that_are_not_tuned_are_named(script, env, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "get_dataset", lambda *args, **kwargs: (range(9), "no data"))
+    monkeypatch.setattr(script, "train", lambda *args: None)
+    start_here(monkeypatch, script, "--env", env, "--device", "cpu", "--run-dir", tmp_path)
+    printed = capsys.readouterr().out
+    assert ("no tuned settings" in printed) == (says != "") and says in printed
+
+
 @pytest.mark.parametrize("script", [qflow, fql, flow_sac])
 def test_the_task_is_that_of_the_rewards_and_of_both_environments(script, tmp_path, monkeypatch):
     env_id = "pointmaze-medium-singletask-task3-v0"
@@ -173,11 +198,17 @@ def test_the_task_is_that_of_the_rewards_and_of_both_environments(script, tmp_pa
     data = {**data, "qpos": goals, "qvel": 0 * goals}
     common.write_dataset(tmp_path / "goals.npz", "a row at each goal", data)
     seen = []
-    monkeypatch.setattr(script, "train", lambda args, *rest: seen.extend(rest))
+
+    def train(args, *rest):
+        seen.extend([*rest, torch.get_float32_matmul_precision()])
+
+    monkeypatch.setattr(script, "train", train)
     flags = ["--env", NAME, "--task", 3, "--horizon", 1, "--device", "cpu"]
+    flags += ["--matmul-precision", "medium"]
     flags += ["--dataset", tmp_path / "goals.npz", "--run-dir", tmp_path / "runs"]
     start_here(monkeypatch, script, *flags)
-    dataset, env, eval_env, _ = seen
+    dataset, env, eval_env, _, precision = seen
+    assert precision == "medium"
     assert dataset.rewards[dataset.rows].tolist() == [-1, -1, 0, -1]
     assert env.unwrapped.spec.id == eval_env.unwrapped.spec.id == env_id
     assert env.unwrapped is not eval_env.unwrapped
