@@ -299,7 +299,7 @@ def test_a_phase_that_is_over_keeps_its_length(script, call, copy_of):
     [
         ("qflow", ["--lr"], "critic.mlp.0.weight"),
         ("fql", ["--lr"], "critic.mlp.0.weight"),
-        ("flow_sac", ["--policy-lr", "--q-lr"], "policy.velocity.head.weight"),
+        ("flow_sac", ["--policy-lr", "--q-lr"], "policy.velocity.candidate.0.weight"),
     ],
 )
 def test_a_changed_learning_rate_takes_effect(script, flags, name, call, copy_of, tmp_path):
