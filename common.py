@@ -535,7 +535,10 @@ def take_lock(lock, seconds=-1):
     try:
         lock.acquire(timeout=1)
     except Timeout:
-        print(f"waiting for another process, which holds {lock.lock_file}")
+        if seconds == 0:
+            raise
+        hint = "if its machine died, delete that file"
+        print(f"waiting for another process, which holds {lock.lock_file} ({hint})")
         lock.acquire(timeout=seconds)
 
 
@@ -745,9 +748,14 @@ def check_env(env, dataset):
     """
     obs_shape = dataset.obs_dim if dataset.has_frames else (dataset.obs_dim,)
     action_shape = tuple(dataset.actions.shape[1:])
-    for space, shape in ((env.observation_space, obs_shape), (env.action_space, action_shape)):
+    spaces = {
+        "observation": (env.observation_space, obs_shape),
+        "action": (env.action_space, action_shape),
+    }
+    for kind, (space, shape) in spaces.items():
         if not isinstance(space, Box) or space.shape != shape:
-            raise UserError(f"the environment has {space}, the data require a Box of shape {shape}")
+            found = f"a Box of shape {space.shape}" if isinstance(space, Box) else space
+            raise UserError(f"the {kind} space is {found}, the data require a Box of shape {shape}")
     space = env.action_space
     if space.dtype.kind != "f" or (space.low != -1).any() or (space.high != 1).any():
         hint = "must be floating point from -1 to 1: see gymnasium.wrappers.RescaleAction"

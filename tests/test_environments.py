@@ -97,7 +97,10 @@ def check(make_env):
 @pytest.mark.parametrize(
     "make_env, words",
     [
-        (lambda: Own(action_space=Discrete(4)), "has Discrete.*require a Box of shape"),
+        (
+            lambda: Own(action_space=Discrete(4)),
+            "the action space is Discrete.*require a Box of shape",
+        ),
         (
             lambda: Own(action_space=Box(-1, 1, (2,), np.int64)),
             "the action space is .*floating point from -1 to 1: see .*RescaleAction",
@@ -112,10 +115,10 @@ def check(make_env):
         ),
         (lambda: Own(action_space=Box(-1, 1, (2, 1), np.float32)), r"a Box of shape \(2,\)"),
         (lambda: Own(observation_space=Box(-1, 1, (3, 1), np.float32)), r"a Box of shape \(3,\)"),
-        (lambda: Own(observation_space=Discrete(3)), "the environment has Discrete"),
+        (lambda: Own(observation_space=Discrete(3)), "the observation space is Discrete"),
         (
             lambda: Own(observation_space=Box(-1, 1, (4,), np.float32)),
-            r"has Box.*\(4,\).*, the data require a Box of shape \(3,\)",
+            r"observation space is a Box of shape \(4,\), the data require a Box of shape \(3,\)",
         ),
         (FourResults, "must return observation, .* and info: not enough values"),
         (TwoRewards, "must return .* reward \\(a number\\), .*: can only convert an array"),

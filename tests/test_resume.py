@@ -394,18 +394,18 @@ def test_a_requeued_job_waits_for_the_process_before_it(call, copy_of, monkeypat
             may_end.wait(60)
 
     def end_in_a_moment():
-        threading.Timer(2, may_end.set).start()
+        threading.Timer(3, may_end.set).start()
 
     thread = threading.Thread(target=process_before)
     thread.start()
     is_locked.wait()
     with pytest.raises(common.UserError, match=f"{folder}: another process writes there"):
-        call("fql", "--resume", folder)  # typed by a person, who is told at once
+        call("fql", "--resume", folder)  # typed by a person, who is told after a second
     monkeypatch.setattr(common, "git_commit", end_in_a_moment)  # called just before it locks
     call("fql", "--start-or-resume", folder, "--offline-steps", 41)
     thread.join()
     assert common.read_checkpoint(folder)["step"] == 41
-    assert capsys.readouterr().out.count("waiting for another process, which holds ") == 2
+    assert capsys.readouterr().out.count("waiting for another process, which holds ") == 1
 
 
 def test_a_mistake_in_a_network_is_not_a_damaged_run(call, whole, monkeypatch):
@@ -519,7 +519,7 @@ def test_killed_while_it_collects_its_workers_end_in_silence(tmp_path):
     lock = tmp_path / "collected" / f".{NAME}.npz.lock"
     while process.poll() is None and not lock.exists():
         time.sleep(0.05)
-    time.sleep(2)  # now there are workers
+    time.sleep(3)  # now there are workers
     assert process.poll() is None and not (tmp_path / "collected" / f"{NAME}.npz").exists()
     process.kill()
     _, err = process.communicate(timeout=20)  # returns when the workers have ended, too
