@@ -123,7 +123,7 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "high"
     """high: TF32 on CUDA, float32 on CPUs; medium: may use bfloat16, faster on some AMD CPUs"""
     device_data: Literal["device", "cpu"] = "device"
-    """pixels: frames on the device (12.3 GB a million) or in host memory (17.2; 29.5 to load)"""
+    """pixels: frames on the device (12.3 GB a million) or in host memory (computed: 17.2 to 30)"""
 
 
 # Defaults per environment, from the paper (pointmaze: our own, small enough for a laptop). Keys are
